@@ -108,7 +108,8 @@ def _nearest(image, x, y):
   """The pixels at the real-valued coordinates x, y [H, W], rounded to the nearest, EMPTY outside the image."""
   H, W, _ = image.shape
   # Halves round away from zero, as C does. tf.round takes them to the even side: 4 % of a sheared picture's pixels.
-  x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5), tf.int32) for c in (x, y))
+  # 1e-4 because what is a half in exact arithmetic (0.3 * 5) may come out just below.
+  x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5001), tf.int32) for c in (x, y))
   inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
   # Pixels padded to four bytes are gathered as one word each, a third faster than as three bytes.
   words = tf.reshape(tf.bitcast(tf.pad(image, [[0, 0], [0, 0], [0, 1]]), tf.int32), [-1])

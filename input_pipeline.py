@@ -254,7 +254,8 @@ def _batches(records, prepare, finish, rows, batch_size, start_step, skip_bad_im
       yield batch
       done += 1
   except tf.errors.DataLossError as error:
-    raise BadImage(f"a file of the dataset is damaged, prepare the dataset again: {error.message}") from None
+    reason = error.message.split("}} ")[-1].split(" [Op")[0]
+    raise BadImage(f"a file of the dataset is damaged ({reason}); prepare the dataset again") from None
   except tf.errors.InvalidArgumentError:
     for index, record in records.skip(done * len(rows)):  # which one was it?
       try:
@@ -350,19 +351,18 @@ def eval_batches(builder, split, batch_size, *, label="label", image_size=224, d
 # --- The demo dataset -------------------------------------------------------------------------------------------------
 
 
-# Two-coloured textures of period 1, as functions of coordinates u, v -> bool.
+# Two-coloured textures of period 1, as functions of coordinates u to the right, v down -> bool.
 PATTERNS = {
     "bricks": lambda u, v: (v % 1 < 0.2) | ((u / 2 + v // 1 / 2) % 1 < 0.1),
     "checks": lambda u, v: (u // 0.5 + v // 0.5) % 2 < 1,
-    "clouds": None,  # smooth noise, of no period
-    "crosses": lambda u, v: (abs(u % 1 - 0.5) < 0.12) & (abs(v % 1 - 0.5) < 0.36)
-                            | (abs(v % 1 - 0.5) < 0.12) & (abs(u % 1 - 0.5) < 0.36),
-    "dots": lambda u, v: (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3 ** 2,
-    "grid": lambda u, v: (u % 1 < 0.2) | (v % 1 < 0.2),
+    "clouds": None,  # smooth noise
+    "columns": lambda u, v: u % 1 < 0.5,
+    "crosses": lambda u, v: np.minimum(abs(u % 1 - 0.5), abs(v % 1 - 0.5)) + np.maximum(abs(u % 1 - 0.5), abs(v % 1 - 0.5)) / 3 < 0.25,
+    "dots": lambda u, v: np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.3,
     "rings": lambda u, v: abs(np.hypot(u % 1 - 0.5, v % 1 - 0.5) - 0.33) < 0.1,
-    "stripes": lambda u, v: u % 1 < 0.5,
+    "rows": lambda u, v: v % 1 < 0.5,
     "triangles": lambda u, v: u % 1 < v % 1,
-    "waves": lambda u, v: (v + 0.3 * np.sin(2 * np.pi * u)) % 1 < 0.5,
+    "waves": lambda u, v: (v + 0.4 * np.sin(2 * np.pi * u)) % 1 < 0.5,
 }
 
 
@@ -397,15 +397,15 @@ def _draw_pattern(rng, pattern):
     smooth = tf.image.resize(coarse, (H, W), "bicubic").numpy()[..., 0]
     mask = smooth > 0
   else:
-    angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(14, 28)
+    angle, period = rng.uniform(-0.2, 0.2), rng.uniform(14, 24)
     u = (np.cos(angle) * x - np.sin(angle) * y) / period + rng.uniform()
     v = (np.sin(angle) * x + np.cos(angle) * y) / period + rng.uniform()
     mask = pattern(u, v)
   colors = rng.uniform(0, 255, (2, 3))
-  while abs(colors[0] - colors[1]).mean() < 70:
+  while abs(colors[0] - colors[1]).mean() < 100:
     colors = rng.uniform(0, 255, (2, 3))
   light = 1 + rng.uniform(-0.3, 0.3) * (x / W - 0.5) + rng.uniform(-0.3, 0.3) * (y / H - 0.5)
-  image = np.where(mask[..., None], *colors) * light[..., None] + rng.normal(0, rng.uniform(5, 25), (H, W, 3))
+  image = np.where(mask[..., None], *colors) * light[..., None] + rng.normal(0, rng.uniform(3, 12), (H, W, 3))
   return image.clip(0, 255).astype(np.uint8)
 
 

@@ -1,0 +1,897 @@
+"""Tests of everything, against values derived by hand or in float64 numpy: `python test_all.py [TestCase[.test]]`."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from unittest import mock
+import zipfile
+
+from absl import flags
+from absl.testing import absltest
+from absl.testing import flagsaver
+from absl.testing import parameterized
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # simulated; before anything uses them
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import augment
+import input_pipeline
+import model
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = dict(variant="mu/8", image_size=16, num_classes=3)
+
+
+def shapes_of(table):
+  return {name: shape for name, (shape, _) in table.items()}
+
+
+def random_params(seed=0, **kwargs):
+  """Parameters that are nowhere zero, so that every one of them matters."""
+  rng = np.random.default_rng(seed)
+  table = model.parameter_table(**(TINY | kwargs))
+  return model.unflatten({name: rng.normal(0, 0.3, shape).astype(np.float32) for name, (shape, _) in table.items()})
+
+
+# --- model.py ---------------------------------------------------------------------------------------------------------
+
+
+def numpy_forward(p, images):
+  """The ViT in float64, written from the report with loops over pictures, patches and heads: images [B, I, I, 3]."""
+  f = {name: np.asarray(array, np.float64) for name, array in model.flatten(p).items()}
+
+  def norm(name, x):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + 1e-6) * f[f"{name}/scale"] + f[f"{name}/bias"]
+
+  def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+  logits = []
+  P, _, _, D = f["embedding/kernel"].shape
+  for image in images.astype(np.float64):
+    side = len(image) // P
+    tokens = []
+    for row, column in itertools.product(range(side), range(side)):
+      patch = image[row * P:(row + 1) * P, column * P:(column + 1) * P]
+      token = np.einsum("ijc,ijcd->d", patch, f["embedding/kernel"]) + f["embedding/bias"]
+      if "pos_embedding" in f:
+        token = token + f["pos_embedding"][0, row * side + column]
+      else:
+        omega = np.array([10000 ** (-i / (D // 4 - 1)) for i in range(D // 4)])
+        token = token + np.concatenate([np.sin(column * omega), np.cos(column * omega), np.sin(row * omega),
+                                        np.cos(row * omega)])
+      tokens.append(token)
+    x = np.stack(([f["cls"][0, 0]] if "cls" in f else []) + tokens)
+    for i in range(sum(name.endswith("/query/bias") for name in f)):
+      block = f"Transformer/encoderblock_{i}"
+      attention = f"{block}/MultiHeadDotProductAttention_0"
+      y, out = norm(f"{block}/LayerNorm_0", x), 0
+      for n in range(f[f"{attention}/query/bias"].shape[0]):
+        q, k, v = (y @ f[f"{attention}/{s}/kernel"][:, n] + f[f"{attention}/{s}/bias"][n] for s in ("query", "key", "value"))
+        out = out + softmax(q @ k.T / np.sqrt(q.shape[1])) @ v @ f[f"{attention}/out/kernel"][n]
+      x = x + out + f[f"{attention}/out/bias"]
+      y = norm(f"{block}/LayerNorm_1", x) @ f[f"{block}/MlpBlock_0/Dense_0/kernel"] + f[f"{block}/MlpBlock_0/Dense_0/bias"]
+      y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y ** 3)))
+      x = x + y @ f[f"{block}/MlpBlock_0/Dense_1/kernel"] + f[f"{block}/MlpBlock_0/Dense_1/bias"]
+    x = norm("Transformer/encoder_norm", x)
+    x = x[0] if "cls" in f else x.mean(0)
+    if "pre_logits/kernel" in f:
+      x = np.tanh(x @ f["pre_logits/kernel"] + f["pre_logits/bias"])
+    logits.append(x @ f["head/kernel"] + f["head/bias"])
+  return np.stack(logits)
+
+
+class ModelTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ("sincos2d", "gap", "mlp", 22_122_472), ("sincos2d", "gap", "linear", 21_974_632),
+      ("sincos2d", "cls", "mlp", 22_122_856), ("sincos2d", "cls", "linear", 21_975_016),
+      ("learned", "gap", "mlp", 22_197_736), ("learned", "gap", "linear", 22_049_896),
+      ("learned", "cls", "mlp", 22_198_120), ("learned", "cls", "linear", 22_050_280))
+  def test_published_counts(self, posemb, pool, head, count):
+    table = model.parameter_table("S/16", 224, posemb, pool, head, 1000)
+    self.assertEqual(sum(map(math.prod, shapes_of(table).values())), count)
+
+  def test_published_names_and_shapes(self):
+    shapes = shapes_of(model.parameter_table(posemb="learned", pool="cls"))
+    block = "Transformer/encoderblock_11/"
+    expected = {
+        "embedding/kernel": (16, 16, 3, 384), "embedding/bias": (384,), "pos_embedding": (1, 196, 384), "cls": (1, 1, 384),
+        "Transformer/encoder_norm/scale": (384,), "Transformer/encoder_norm/bias": (384,), "pre_logits/kernel": (384, 384),
+        "pre_logits/bias": (384,), "head/kernel": (384, 1000), "head/bias": (1000,)}
+    expected |= {f"{block}LayerNorm_{j}/{kind}": (384,) for j in (0, 1) for kind in ("scale", "bias")}
+    for kind in ("query", "key", "value"):
+      expected[f"{block}MultiHeadDotProductAttention_0/{kind}/kernel"] = (384, 6, 64)
+      expected[f"{block}MultiHeadDotProductAttention_0/{kind}/bias"] = (6, 64)
+    expected |= {f"{block}MultiHeadDotProductAttention_0/out/kernel": (6, 64, 384),
+                 f"{block}MultiHeadDotProductAttention_0/out/bias": (384,),
+                 f"{block}MlpBlock_0/Dense_0/kernel": (384, 1536), f"{block}MlpBlock_0/Dense_0/bias": (1536,),
+                 f"{block}MlpBlock_0/Dense_1/kernel": (1536, 384), f"{block}MlpBlock_0/Dense_1/bias": (384,)}
+    self.assertEqual({name: shapes.get(name) for name in expected}, expected)
+    self.assertLen(shapes, 10 + 12 * 16)
+
+  def test_variants(self):
+    for name, D, depth, M, N in (("mu", 32, 1, 128, 2), ("Ti", 192, 12, 768, 3), ("M", 512, 12, 2048, 8), ("B", 768, 12, 3072, 12),
+                                 ("L", 1024, 24, 4096, 16), ("H", 1280, 32, 5120, 16)):
+      shapes = shapes_of(model.parameter_table(f"{name}/32"))
+      self.assertEqual(shapes["embedding/kernel"], (32, 32, 3, D))
+      last = f"Transformer/encoderblock_{depth - 1}/"
+      self.assertEqual(shapes[last + "MultiHeadDotProductAttention_0/query/kernel"], (D, N, D // N))
+      self.assertEqual(shapes[last + "MlpBlock_0/Dense_0/kernel"], (D, M))
+      self.assertNotIn(f"Transformer/encoderblock_{depth}/LayerNorm_0/scale", shapes)
+
+  def test_initial_statistics(self):
+    params = model.flatten(model.init_params(0, model.parameter_table(posemb="learned", pool="cls")))
+    block = "Transformer/encoderblock_3/"
+    for name in ("query", "key", "value", "out"):  # Xavier uniform of a 384 x 384 matrix
+      kernel, bound = params[f"{block}MultiHeadDotProductAttention_0/{name}/kernel"], math.sqrt(6 / 768)
+      self.assertLessEqual(abs(kernel).max(), bound)
+      self.assertGreater(abs(kernel).max(), 0.999 * bound)
+      self.assertAlmostEqual(kernel.std(), bound / math.sqrt(3), delta=2e-4)
+    for name in ("Dense_0", "Dense_1"):
+      kernel, bound = params[f"{block}MlpBlock_0/{name}/kernel"], math.sqrt(6 / (384 + 1536))
+      self.assertLessEqual(abs(kernel).max(), bound)
+      self.assertAlmostEqual(kernel.std(), bound / math.sqrt(3), delta=1e-4)
+      self.assertAlmostEqual(params[f"{block}MlpBlock_0/{name}/bias"].std(), 1e-6, delta=1e-7)
+    for name, fan_in in (("embedding", 768), ("pre_logits", 384)):  # cut at two standard deviations, then rescaled
+      kernel, std = params[f"{name}/kernel"], math.sqrt(1 / fan_in)
+      self.assertAlmostEqual(kernel.std(), std, delta=0.01 * std)
+      self.assertAlmostEqual(abs(kernel).max(), 2 * std / 0.87962566, delta=0.01 * std)
+    self.assertAlmostEqual(params["pos_embedding"].std(), 1 / math.sqrt(384), delta=5e-4)
+    for name, array in params.items():
+      self.assertEqual(array.dtype, jnp.float32)
+      if name.endswith("scale"):
+        np.testing.assert_array_equal(array, 1)
+      elif name in ("cls", "head/kernel") or name.endswith("bias") and "MlpBlock" not in name:
+        np.testing.assert_array_equal(array, 0)
+
+  def test_initial_loss_is_log_of_classes(self):
+    params = model.init_params(0, model.parameter_table("mu/16", 32))
+    logits = model.forward(params, np.random.default_rng(0).normal(size=(2, 32, 32, 3)))
+    loss = optax.softmax_cross_entropy(logits, jax.nn.one_hot(np.array([3, 999]), 1000))
+    np.testing.assert_allclose(loss, math.log(1000), rtol=1e-6)
+
+  def test_an_array_depends_on_seed_and_name_only(self):
+    one = model.flatten(model.init_params(1, model.parameter_table("mu/16", 32)))
+    other = model.flatten(model.init_params(1, model.parameter_table("mu/16", 64, "learned", "cls", "linear", 10)))
+    for name in one.keys() & other.keys() - {"head/kernel", "head/bias"}:
+      np.testing.assert_array_equal(one[name], other[name], name)
+    query, key = (one[f"Transformer/encoderblock_0/MultiHeadDotProductAttention_0/{s}/kernel"] for s in ("query", "key"))
+    self.assertGreater(abs(query - key).max(), 0.1)
+    again = model.flatten(model.init_params(2, model.parameter_table("mu/16", 32)))
+    self.assertGreater(abs(one["embedding/kernel"] - again["embedding/kernel"]).max(), 0.01)
+
+  def test_sincos2d_by_hand(self):
+    table = model.sincos2d(2, 3, 8)  # omega = 1, 1e-4
+    np.testing.assert_allclose(table[0], [0, 0, 1, 1, 0, 0, 1, 1], atol=1e-7)
+    expected = [math.sin(2), math.sin(2e-4), math.cos(2), math.cos(2e-4), math.sin(1), math.sin(1e-4), math.cos(1), math.cos(1e-4)]
+    np.testing.assert_allclose(table[5], expected, atol=1e-7)  # row 1, column 2
+
+  @parameterized.product(posemb=["sincos2d", "learned"], pool=["gap", "cls"], head=["mlp", "linear"])
+  def test_forward_is_the_reports(self, posemb, pool, head):
+    params = random_params(posemb=posemb, pool=pool, head=head)
+    images = np.random.default_rng(1).uniform(-1, 1, (3, 16, 16, 3))
+    logits = model.forward(params, images, jnp.float32)
+    self.assertEqual((logits.shape, logits.dtype), ((3, 3), jnp.float32))
+    np.testing.assert_allclose(logits, numpy_forward(params, images), rtol=2e-4, atol=2e-4)
+    rounded = model.forward(params, images, jnp.bfloat16)
+    self.assertEqual(rounded.dtype, jnp.float32)
+    np.testing.assert_allclose(rounded, logits, atol=0.05)
+    self.assertGreater(abs(rounded - logits).max(), 1e-6)
+
+  def test_every_block_counts(self):
+    with mock.patch.dict(model.VARIANTS, deep=(8, 12, 16, 2)):  # sorted names would put block 10 before block 2
+      params = random_params(variant="deep/8")
+    images = np.random.default_rng(1).uniform(-1, 1, (1, 16, 16, 3))
+    np.testing.assert_allclose(model.forward(params, images, jnp.float32), numpy_forward(params, images), rtol=1e-3, atol=1e-3)
+
+  @parameterized.parameters(jnp.float32, jnp.bfloat16)
+  def test_product_and_its_gradient(self, dtype):
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 7), (7, 3, 4), (2, 5, 3, 4)))
+    out, pull = jax.vjp(lambda x, w: model.product("bld,dnh->blnh", dtype, x, w), x, w)
+    x64, w64, g64 = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, g))  # rounded inputs, exact products
+    for got, expected in zip((out, *pull(g)), (np.einsum("bld,dnh->blnh", x64, w64), np.einsum("blnh,dnh->bld", g64, w64),
+                                               np.einsum("bld,blnh->dnh", x64, g64))):
+      self.assertEqual(got.dtype, jnp.float32)
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+  def test_gradients_by_differences(self):
+    params, images = random_params(), np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
+    loss = lambda p: model.forward(p, images, jnp.float32)[:, 0].sum()
+    grads = model.flatten(jax.grad(loss)(params))
+    remat = model.flatten(jax.grad(lambda p: model.forward(p, images, jnp.float32, remat=True)[:, 0].sum())(params))
+    rng = np.random.default_rng(2)
+    for name, array in model.flatten(params).items():
+      np.testing.assert_allclose(remat[name], grads[name], rtol=1e-4, atol=1e-5)
+      direction = rng.normal(size=array.shape)
+      def moved(step):
+        return numpy_forward(model.unflatten(model.flatten(params) | {name: array + step * direction}), images)[:, 0].sum()
+      slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
+      self.assertAlmostEqual(slope, float((grads[name] * direction).sum()), delta=1e-3 * (1 + abs(slope)), msg=name)
+
+  def test_attention_map(self):
+    images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
+    heat = model.attention_map(random_params(), images)
+    self.assertEqual(heat.shape, (2, 2, 2))
+    np.testing.assert_allclose(heat.sum((1, 2)), 1, rtol=1e-5)
+    params = random_params(pool="cls")  # a block that sees only which token is last: all attend to it
+    attention = params["Transformer"]["encoderblock_0"]["MultiHeadDotProductAttention_0"]
+    for kind in ("query", "key"):
+      attention[kind] = {"kernel": 0 * attention[kind]["kernel"], "bias": 0 * attention[kind]["bias"]}
+    np.testing.assert_allclose(model.attention_map(params, images), 1 / 5, rtol=1e-5)  # alike, 4 patches and [cls]
+
+  def test_flops_by_hand(self):
+    # mu/8 at 16: 4 tokens; patches 192*32, q k v out 4*32*32, MLP 2*32*128, attention 2*4*4*32; pooled: 32*32 and 32*3.
+    expected = 2 * (4 * 192 * 32 + 4 * 4 * 32 * 32 + 4 * 2 * 32 * 128 + 2 * 4 * 4 * 32 + 32 * 32 + 32 * 3)
+    self.assertEqual(model.flops(shapes_of(model.parameter_table(**TINY)), 16), expected)
+
+  @parameterized.parameters(
+      (dict(variant="XL/16"), "XL/16.*expected one of.*mu"), (dict(variant="S"), "such as S/16"), (dict(variant="S/0"), "such as S/16"),
+      (dict(image_size=225), "225.*multiple of the patch size, 16"), (dict(image_size=8), "8.*multiple"),
+      (dict(pool="max"), "max.*gap or cls"))
+  def test_errors(self, kwargs, message):
+    with self.assertRaisesRegex(ValueError, message):
+      model.parameter_table(**kwargs)
+
+
+# --- The method: schedule, optimiser, update --------------------------------------------------------------------------
+
+
+def tiny_state(tx, seed=0, **kwargs):
+  params = random_params(seed, **kwargs)
+  return train.put_replicated({"params": params, "opt_state": tx.init(params), "step": np.int32(0)})
+
+
+def tiny_batch(size=16, seed=0):
+  rng = np.random.default_rng(seed)
+  return {"images": rng.uniform(-1, 1, (size, 16, 16, 3)).astype(np.float32),
+          "labels": rng.dirichlet(np.ones(3), size).astype(np.float32), "bad": 0}
+
+
+class MethodTest(parameterized.TestCase):
+
+  def test_schedule(self):
+    total = round(90 * 1_268_355 / 1024)
+    self.assertEqual(total, 111_477)
+    schedule = train.make_schedule(10_000, total)
+    last = 0.5 * (1 + math.cos(math.pi * (total - 1 - 10_000) / (total - 10_000)))
+    for step, factor in ((0, 0), (5_000, 0.5), (10_000, 1), (10_000 + 101_477 / 2, 0.5), (10_000 + 101_477 / 4, 0.5 + math.sqrt(0.125)),
+                         (total - 1, last), (total, 0)):
+      self.assertAlmostEqual(float(schedule(step)), factor, delta=2e-7 if step != total - 1 else 1e-9)
+    self.assertEqual(float(train.make_schedule(0, 10)(0)), 1)
+
+  def test_three_updates_against_float64(self):
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}, "scale": rng.normal(size=2)}
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
+    factors = [0.0, 0.5, 1.0]
+    tx = train.make_optimizer(lambda step: jnp.array(factors)[step], lr=0.01, weight_decay=0.1, grad_clip_norm=1.0)
+    state = tx.init(params)
+    expected = {name: x.astype(np.float64) for name, x in model.flatten(params).items()}
+    mu, nu = ({name: np.zeros_like(x) for name, x in expected.items()} for _ in range(2))
+    for t, size in enumerate((10.0, 0.01, 3.0), 1):  # norm above, below and above 1
+      grads = jax.tree.map(lambda x: (size * rng.normal(size=x.shape)).astype(np.float32), params)
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+      flat = {name: x.astype(np.float64) for name, x in model.flatten(grads).items()}
+      norm = math.sqrt(sum((x ** 2).sum() for x in flat.values()))
+      for name, g in flat.items():
+        g = g * min(1, 1 / norm)
+        mu[name] = 0.9 * mu[name] + 0.1 * g
+        nu[name] = 0.999 * nu[name] + 0.001 * g ** 2
+        step = 0.01 * (mu[name] / (1 - 0.9 ** t)) / (np.sqrt(nu[name] / (1 - 0.999 ** t)) + 1e-8)
+        step += 0.1 * expected[name] if name.endswith("kernel") else 0
+        expected[name] = expected[name] - factors[t - 1] * step
+        mu[name] = np.asarray(jnp.asarray(mu[name], jnp.bfloat16), np.float64)  # how it is stored
+      if t == 1:
+        self.assertEqual(max(abs(x).max() for x in model.flatten(updates).values()), 0)  # the first rate is 0
+    for name, x in model.flatten(params).items():
+      np.testing.assert_allclose(x, expected[name], atol=2e-4, err_msg=name)
+    adam = next(s for s in state if hasattr(s, "mu"))
+    self.assertEqual({x.dtype for x in jax.tree.leaves(adam.mu)}, {jnp.dtype(jnp.bfloat16)})
+    self.assertEqual({x.dtype for x in jax.tree.leaves(adam.nu)}, {jnp.dtype(jnp.float32)})
+
+  def test_decay_is_not_multiplied_by_the_rate_and_reaches_kernels_only(self):
+    tx = train.make_optimizer(lambda _: 0.5, lr=0.0, weight_decay=1e-4)
+    params = jax.tree.map(jnp.ones_like, random_params(posemb="learned", pool="cls"))
+    updates, _ = tx.update(params, tx.init(params), params)
+    for name, x in model.flatten(updates).items():
+      np.testing.assert_allclose(x, -0.5e-4 if name.endswith("/kernel") else 0, rtol=1e-6, err_msg=name)
+
+  def test_clipping_off(self):
+    params = {"kernel": jnp.ones(2)}
+    for clip, nu in ((1.0, 0.001 * 0.5), (0.0, 0.001 * 9)):
+      tx = train.make_optimizer(lambda _: 1.0, grad_clip_norm=clip)
+      _, state = tx.update({"kernel": jnp.full(2, 3.0)}, tx.init(params), params)
+      np.testing.assert_allclose(next(s for s in state if hasattr(s, "nu")).nu["kernel"], nu, rtol=1e-5)
+
+  def losses(self, devices=8, grad_accum=1, **kwargs):
+    with mock.patch.object(jax, "devices", lambda d=jax.devices(): d[:devices]):
+      tx = train.make_optimizer(train.make_schedule(0, 100))
+      update, state = train.make_update(tx, jnp.float32, grad_accum, **kwargs), tiny_state(tx)
+      losses = []
+      with mock.patch.object(jax, "local_device_count", lambda: devices):
+        for seed in range(3):
+          state, metrics = update(state, train.put_batch(tiny_batch(seed=seed)))
+          losses.append(metrics["loss"].item())
+    return losses, jax.device_get(state["params"])
+
+  def test_one_two_and_eight_devices_and_accumulation_agree(self):
+    one, params = self.losses(devices=1)
+    logits = numpy_forward(random_params(), tiny_batch()["images"])
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    self.assertAlmostEqual(one[0], -(tiny_batch()["labels"] * log_probs).sum(1).mean(), delta=1e-4)
+    for kwargs in (dict(devices=2), dict(devices=8), dict(devices=2, grad_accum=4), dict(remat=True)):
+      other, other_params = self.losses(**kwargs)
+      np.testing.assert_allclose(other, one, rtol=2e-5, err_msg=str(kwargs))
+      for name, x in model.flatten(other_params).items():
+        np.testing.assert_allclose(x, model.flatten(params)[name], atol=5e-4, err_msg=name)
+
+  def test_overfits_one_batch(self):
+    tx = train.make_optimizer(train.make_schedule(10, 150), lr=3e-3)
+    update, state, batch = train.make_update(tx, jnp.float32), tiny_state(tx), tiny_batch()
+    batch["labels"] = np.eye(3, dtype=np.float32)[np.arange(16) % 3]
+    for _ in range(150):
+      state, metrics = update(state, train.put_batch(batch))
+    self.assertLess(metrics["loss"].item(), 0.02)
+
+  def test_signals_of_all_processes_add_up(self):
+    tx = train.make_optimizer(train.make_schedule(0, 100))
+    with mock.patch.object(train, "received_signal", 15):
+      _, metrics = train.make_update(tx, jnp.float32)(tiny_state(tx), train.put_batch(tiny_batch() | {"bad": 3}))
+    self.assertEqual((metrics["bad"].item(), metrics["stop"].item()), (3, 15))
+
+  def test_eval_step(self):
+    params = random_params()
+    images = np.random.default_rng(3).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)
+    logits = numpy_forward(params, images)
+    order = logits.argsort(1)
+    labels = np.zeros((8, 3), np.float32)
+    labels[0, order[0, -1]] = 1  # right
+    labels[1, order[1, -2]] = 1  # wrong
+    labels[2, order[2, -2:]] = 1  # two right answers, one of them predicted
+    labels[3, order[3, :2]] = 1  # two right answers, neither predicted
+    metrics = train.make_eval_step(jnp.float32)(params, train.put_batch({"images": images, "labels": labels, "bad": 0}))
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    loss = -(log_probs[:4] * labels[:4]).sum(1) / labels[:4].sum(1)
+    self.assertEqual([metrics[key].item() for key in ("count", "top1", "top5")], [4, 2, 4])
+    self.assertAlmostEqual(metrics["loss"].item(), loss.sum(), delta=1e-4)
+
+
+# --- augment.py -------------------------------------------------------------------------------------------------------
+
+
+def numpy_op(name, image, magnitude, sign=1, center=(0, 0)):
+  """The sixteen operations in float64, pixel by pixel as the recipe defines them."""
+  x = image.astype(np.float64)
+  H, W, _ = image.shape
+  factor = 1.8 * magnitude / 10 + 0.1
+  blend = lambda a, b: np.clip(a + factor * (b - a), 0, 255).astype(np.uint8)
+  pixels = sign * 100 * magnitude / 10 * W / 224
+
+  def sample(source):  # source(x, y) -> coordinates
+    out = np.full_like(image, 128)
+    for row, column in itertools.product(range(H), range(W)):
+      sx, sy = (math.copysign(math.floor(abs(c) + 0.5), c) for c in source(column, row))
+      if 0 <= sx < W and 0 <= sy < H:
+        out[row, column] = image[int(sy), int(sx)]
+    return out
+
+  match name:
+    case "auto_contrast":
+      low, high = x.min((0, 1)), x.max((0, 1))
+      stretched = (x - low) * 255 / np.maximum(high - low, 1)
+      return np.where(high > low, np.clip(stretched + 1e-9, 0, 255).astype(np.uint8), image)
+    case "equalize":
+      out = image.copy()
+      for c in range(3):
+        h = np.bincount(image[..., c].ravel(), minlength=256)
+        step = (h.sum() - h[h > 0][-1]) // 255
+        if step:
+          lut = np.clip(np.concatenate([[0], ((np.cumsum(h) + step // 2) // step)[:-1]]), 0, 255)
+          out[..., c] = lut[image[..., c]]
+      return out
+    case "invert":
+      return 255 - image
+    case "rotate":
+      a, cx, cy = math.radians(sign * 30 * magnitude / 10), (W - 1) / 2, (H - 1) / 2
+      c, s = math.cos(a), math.sin(a)
+      return sample(lambda px, py: (c * (px - cx) - s * (py - cy) + cx, s * (px - cx) + c * (py - cy) + cy))
+    case "posterize":
+      shift = 8 - int(4 * magnitude / 10)
+      return (image.astype(int) >> shift << shift).astype(np.uint8)
+    case "solarize":
+      return np.where(image < int(256 * magnitude / 10) % 256, image, 255 - image)
+    case "solarize_add":
+      return np.where(image < 128, np.minimum(x + int(110 * magnitude / 10), 255), x).astype(np.uint8)
+    case "color":
+      grey = (x @ [0.2989, 0.5870, 0.1140] / 255 * 255.5).astype(np.uint8)[..., None]
+      return blend(grey.astype(np.float64), x)
+    case "contrast":
+      return blend(196.0, x)
+    case "brightness":
+      return blend(0.0, x)
+    case "sharpness":
+      smooth = x.copy()
+      for row, column in itertools.product(range(1, H - 1), range(1, W - 1)):
+        around = x[row - 1:row + 2, column - 1:column + 2].sum((0, 1)) + 4 * x[row, column]
+        smooth[row, column] = np.floor(around / 13)
+      return blend(smooth, x)
+    case "shear_x":
+      return sample(lambda px, py: (px + sign * 0.3 * magnitude / 10 * py, py))
+    case "shear_y":
+      return sample(lambda px, py: (px, py + sign * 0.3 * magnitude / 10 * px))
+    case "translate_x":
+      return sample(lambda px, py: (px + pixels, py))
+    case "translate_y":
+      return sample(lambda px, py: (px, py + pixels))
+    case "cutout":
+      out, half = image.copy(), int(int(40 * magnitude / 10) * W / 224)
+      for row, column in itertools.product(range(H), range(W)):
+        if -half <= row - center[0] < half and -half <= column - center[1] < half:
+          out[row, column] = 128
+      return out
+
+
+GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
+class AugmentTest(parameterized.TestCase):
+
+  def by_hand(self, op, row, expected, *args):
+    """Checks an operation on a picture of one grey row, repeated to three rows."""
+    image = np.tile(np.array(row, np.uint8)[None, :, None], (3, 1, 3))
+    np.testing.assert_array_equal(op(tf.constant(image), *args)[1, :, 0], expected)
+
+  def test_pointwise_by_hand(self):
+    row = [0, 1, 100, 127, 128, 200, 255]
+    self.by_hand(augment.invert, row, [255, 254, 155, 128, 127, 55, 0])
+    self.by_hand(augment.posterize, row, [0, 0, 96, 112, 128, 192, 240], 4)
+    self.by_hand(augment.posterize, row, [0] * 7, 0)
+    self.by_hand(augment.solarize, row, [0, 1, 100, 127, 127, 55, 0], 128)
+    self.by_hand(augment.solarize, row, [255, 254, 155, 128, 127, 55, 0], 0)
+    self.by_hand(augment.solarize_add, row, [110, 111, 210, 237, 128, 200, 255], 110)
+    self.by_hand(augment.brightness, row, [0, 1, 190, 241, 243, 255, 255], 1.9)  # 1.9, 241.3, 243.2
+    self.by_hand(augment.contrast, row, [0, 0, 13, 64, 66, 203, 255], 1.9)  # 196 + 1.9 (x - 196): 13.6, 64.9, 66.8, 203.6
+    self.by_hand(augment.contrast, row, [196] * 7, 0.0)
+    self.by_hand(augment.auto_contrast, [50, 60, 90, 100], [0, 51, 204, 255])
+    self.by_hand(augment.auto_contrast, [50, 50, 50, 50], [50] * 4)
+
+  def test_color_by_hand(self):
+    image = tf.constant([[[255, 0, 0], [10, 20, 30]]], tf.uint8)  # grey 76 (76.37), 18 (18.19)
+    # 76 + 1.9 (255 - 76) = 416, 76 - 144.4 < 0; 18 + 1.9 (10 - 18) = 2.8, 21.8, 40.8
+    np.testing.assert_array_equal(augment.color(image, 1.9), [[[255, 0, 0], [2, 21, 40]]])
+    np.testing.assert_array_equal(augment.color(image, 0.0), [[[76, 76, 76], [18, 18, 18]]])
+
+  def test_sharpness_by_hand(self):
+    image = np.full((3, 4, 3), 100, np.uint8)
+    image[1, 1] = 113
+    # Smoothed: (8 * 100 + 5 * 113) / 13 = 105 at the point, (12 * 100 + 113) / 13 = 101 beside it; 105 + 1.9 * 8 = 120.2,
+    # 101 - 1.9 = 99.1; the border keeps what it is.
+    expected = np.full((3, 4), 100)
+    expected[1, 1:3] = [120, 99]
+    np.testing.assert_array_equal(augment.sharpness(tf.constant(image), 1.9)[..., 0], expected)
+    np.testing.assert_array_equal(augment.sharpness(tf.constant(image), 0.0)[1, :, 0], [100, 105, 101, 100])
+
+  def test_equalize_by_hand(self):
+    # 510 pixels: 255 of 10, 255 of 20. step = (510 - 255) // 255 = 1; table: below 10 0, above 10 255, above 20 510 -> 255.
+    image = np.repeat(np.array([10, 20], np.uint8), 255 * 3).reshape(2, 255, 3)
+    self.assertEqual(np.unique(augment.equalize(tf.constant(image))).tolist(), [0, 255])
+    flat = tf.fill([20, 20, 3], tf.constant(7, tf.uint8))
+    np.testing.assert_array_equal(augment.equalize(flat), flat)
+
+  def test_geometry_by_hand(self):
+    row = [10, 20, 30, 40]
+    self.by_hand(augment.translate_x, row, [20, 30, 40, 128], 1.0)
+    self.by_hand(augment.translate_x, row, [128, 128, 10, 20], -2.0)
+    self.by_hand(augment.translate_x, row, [20, 30, 40, 128], 0.5)  # 0.5 -> 1, 1.5 -> 2: halves away from zero
+    self.by_hand(augment.translate_x, row, [128, 20, 30, 40], -0.5)  # -0.5 -> -1, 0.5 -> 1, 1.5 -> 2, 2.5 -> 3
+    self.by_hand(augment.shear_x, row, [20, 30, 40, 128], 1.0)  # row 1 of 3
+    self.by_hand(augment.translate_y, row, [128] * 4, 2.0)
+    square = np.arange(1, 10, dtype=np.uint8).reshape(3, 3, 1) * np.ones(3, np.uint8)
+    np.testing.assert_array_equal(augment.shear_y(tf.constant(square), -1.0)[..., 0], [[1, 128, 128], [4, 2, 128], [7, 5, 3]])
+    # out(x, y) = in(-y, x) about the centre: out's top row is in's right column... read from the left column upwards.
+    np.testing.assert_array_equal(augment.rotate(tf.constant(square), 90.0)[..., 0], [[3, 6, 9], [2, 5, 8], [1, 4, 7]])
+
+  def test_cutout_by_hand(self):
+    out = augment.cutout(tf.zeros([5, 6, 3], tf.uint8), 1, tf.constant([0, 3]))[..., 0]
+    expected = np.zeros((5, 6))
+    expected[0, 2:4] = 128
+    np.testing.assert_array_equal(out, expected)
+
+  @parameterized.product(op=[op.__name__ for op in augment.OPS], magnitude=[0, 5, 10])
+  def test_against_definitions(self, op, magnitude):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (56, 56, 3))
+    smooth = np.asarray(tf.image.resize(rng.integers(0, 200, (5, 5, 3)), (56, 56), "bicubic")).clip(0, 255)
+    center = (50, 11)
+    for image, sign in ((noise, 1), (noise, -1), (smooth, 1)):
+      image = image.astype(np.uint8)
+      function = getattr(augment, op)
+      given = augment.arguments(magnitude, float(sign), tf.constant(center), 56)[function]
+      got = tf.function(function, jit_compile=True)(tf.constant(image), *given).numpy().astype(int)
+      expected = numpy_op(op, image, magnitude, sign, center).astype(int)
+      differs = (got != expected).any(-1)
+      if op in GEOMETRY:
+        self.assertLessEqual(differs.mean(), 0.005)
+      elif op in ("auto_contrast", "color", "contrast", "brightness", "sharpness"):
+        self.assertLessEqual(abs(got - expected).max(), 1)
+        self.assertLess(differs.mean(), 0.05)
+      else:
+        np.testing.assert_array_equal(got, expected)
+
+  def test_arguments_of_the_published_run(self):
+    given = augment.arguments(10, -1.0, (3, 4), 224)
+    expected = dict(rotate=-30, posterize=4, solarize=0, solarize_add=110, color=1.9, contrast=1.9, brightness=1.9, sharpness=1.9,
+                    shear_x=-0.3, shear_y=-0.3, translate_x=-100, translate_y=-100, cutout=40)
+    self.assertEqual({op.__name__: round(args[0], 9) for op, args in given.items() if args}, expected)
+    self.assertEqual({op.__name__ for op in augment.OPS} - set(expected), {"auto_contrast", "equalize", "invert"})
+    self.assertEqual(augment.arguments(10, 1.0, (3, 4), 112)[augment.cutout][0], 20)
+    self.assertEqual(augment.arguments(5, 1.0, (3, 4), 112)[augment.translate_x][0], 25)
+    self.assertEqual(augment.arguments(5, 1.0, (3, 4), 224)[augment.solarize][0], 128)
+
+  def test_rand_augment_draws_every_op_sign_and_center_uniformly(self):
+    ops = tuple((lambda image, sign, center, i=i: tf.cast(tf.fill([1, 1, 3], 0) + tf.cast(tf.stack(
+        [i, tf.cast(sign, tf.int32) + 1, center[0]]), tf.int32), tf.uint8)) for i in range(16))
+    with mock.patch.object(augment, "OPS", ops), mock.patch.object(
+        augment, "arguments", lambda magnitude, sign, center, size: {op: (sign, center) for op in ops}):
+      image = tf.zeros([1, 1, 3], tf.uint8)
+      def draw(i):
+        return tf.squeeze(augment._compiled_layer.__wrapped__(77)(image, tf.random.stateless_uniform([4], [0, i], alg="philox")))
+      draws = np.array(list(tf.data.Dataset.range(4800).map(draw).as_numpy_iterator()))
+    counts = np.bincount(draws[:, 0], minlength=16)
+    self.assertLess(((counts - 300) ** 2 / 300).sum(), 45)  # chi square of 15 degrees: p < 1e-4
+    self.assertAlmostEqual((draws[:, 1] == 2).mean(), 0.5, delta=0.04)
+
+  def test_rand_augment_applies_layers_to_the_given_magnitude(self):
+    image = tf.constant(np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))
+    np.testing.assert_array_equal(augment.rand_augment(image, (1, 2)), augment.rand_augment(image, (1, 2)))
+    different = {augment.rand_augment(image, (0, i), 2).numpy().tobytes() for i in range(40)}
+    self.assertGreater(len(different), 30)
+    # Two layers are one layer on what the other left.
+    draws = tf.random.stateless_uniform([2, 4], (5, 6), alg="philox")
+    one = augment._compiled_layer(10)(image, draws[0])
+    np.testing.assert_array_equal(augment.rand_augment(image, (5, 6), 2), augment._compiled_layer(10)(one, draws[1]))
+
+  def test_mixup(self):
+    images = tf.constant(np.random.default_rng(0).uniform(-1, 1, (4, 2, 2, 3)), tf.float32)
+    labels = tf.eye(4)
+    mixed, mixed_labels = (x.numpy() for x in augment.mixup(images, labels, (3, 4), 0.2))
+    a = mixed_labels[0, 0]
+    self.assertBetween(a, 0.5, 1)
+    np.testing.assert_allclose(mixed_labels, a * np.eye(4) + (1 - a) * np.roll(np.eye(4), 1, 0), atol=1e-6)
+    np.testing.assert_allclose(mixed, a * images.numpy() + (1 - a) * np.roll(images, 1, 0), atol=1e-6)
+
+  def test_mixup_proportions_at_small_p(self):
+    proportion = lambda i: augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), 0.2)[1][0]
+    a, b = np.array(list(tf.data.Dataset.range(100_000).map(proportion).as_numpy_iterator())).T
+    self.assertTrue(np.isfinite(a).all())
+    np.testing.assert_allclose(a + b, 1, atol=1e-6)
+    self.assertGreaterEqual(a.min(), 0.5)
+    beta = np.random.default_rng(0).beta(0.2, 0.2, 100_000)
+    for q in (0.1, 0.3, 0.5, 0.7):
+      self.assertAlmostEqual(np.quantile(a, q), np.quantile(np.maximum(beta, 1 - beta), q), delta=0.01)
+
+  def test_contact_sheet(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, "sheet.png")
+      augment.draw_grid(path, [np.full((20, 100, 3), 9, np.uint8)] * 3, ["one", "two", "three"], columns=2)
+      sheet = tf.io.decode_png(tf.io.read_file(path)).numpy()
+    self.assertEqual(sheet.shape, (2 * 38, 2 * 104, 3))
+    np.testing.assert_array_equal(sheet[14:34, 0:100], 9)
+    self.assertGreater((sheet[:14] < 128).sum(), 20)  # captions
+
+
+# --- input_pipeline.py ------------------------------------------------------------------------------------------------
+
+
+class Numbers(tfds.core.GeneratorBasedBuilder):
+  """50 + 13 noisy JPEGs of many shapes; the label is the number of the picture modulo 3, "many" holds 0 to 2 labels."""
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    label = tfds.features.ClassLabel(names=["zero", "one", "two"])
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+        "image": tfds.features.Image(encoding_format="jpeg"), "label": label, "many": tfds.features.Sequence(label)}))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples(50), "validation": self._generate_examples(13)}
+
+  def _generate_examples(self, count):
+    rng = np.random.default_rng(count)
+    for i in range(count):
+      shape = (*rng.integers(20, 60, 2), 3)
+      yield i, {"image": rng.integers(0, 256, shape).astype(np.uint8), "label": i % 3, "many": [[], [i % 3], [0, 2]][i % 3]}
+
+
+def setUpModule():
+  global DATA, NUMBERS
+  DATA = tempfile.TemporaryDirectory()
+  NUMBERS = Numbers(data_dir=DATA.name)
+  NUMBERS.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+
+
+def tearDownModule():
+  DATA.cleanup()
+
+
+def take(iterator, count):
+  return list(itertools.islice(iterator, count))
+
+
+def write_folder(root, files):
+  """{"train/cat/1.png": bytes} -> a folder dataset."""
+  for name, content in files.items():
+    os.makedirs(os.path.join(root, os.path.dirname(name)), exist_ok=True)
+    with open(os.path.join(root, name), "wb") as f:
+      f.write(content)
+  return root + "/"
+
+
+def picture(size=(40, 30), mode="RGB", kind="JPEG", color=None):
+  from PIL import Image
+  out = io.BytesIO()
+  Image.new(mode, size, color).save(out, kind)
+  return out.getvalue()
+
+
+class InputTest(parameterized.TestCase):
+
+  def train_batches(self, batch_size=8, **kwargs):
+    kwargs = dict(image_size=32, dtype=tf.float32, seed=3) | kwargs
+    return input_pipeline.train_batches(NUMBERS, kwargs.pop("split", "train"), batch_size, **kwargs)
+
+  def assert_same(self, a, b):
+    self.assertEqual(a.keys(), b.keys())
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+  @parameterized.parameters(7, 4096)
+  def test_every_example_once_per_epoch_in_an_order_of_its_own(self, window):
+    with mock.patch.object(input_pipeline, "WINDOW", window):
+      ids = [x["id"].numpy() for x in input_pipeline.shuffled_records(NUMBERS, "train[:90%]", 0).take(3 * 45)]
+      epochs = [ids[:45], ids[45:90], ids[90:]]
+      for epoch in epochs:
+        self.assertLen(set(epoch), 45)
+        self.assertEqual(set(epoch), set(epochs[0]))
+      self.assertNotEqual(epochs[0], epochs[1])
+      self.assertNotEqual(epochs[0], sorted(epochs[0]))
+      files = [re.search("-0000(.)-of-", name.decode())[1] for name in epochs[0][:20]]
+      self.assertGreater(len(set(files)), 1)
+      again = [x["id"].numpy() for x in input_pipeline.shuffled_records(NUMBERS, "train[:90%]", 0, start=100).take(35)]
+      self.assertEqual(again, ids[100:])
+      other = [x["id"].numpy() for x in input_pipeline.shuffled_records(NUMBERS, "train[:90%]", 1).take(45)]
+      self.assertNotEqual(other, epochs[0])
+
+  def test_splits(self):
+    train_part, rest = (list(input_pipeline.read_records(NUMBERS, split)) for split in ("train[:90%]", "train[90%:]"))
+    ids = [x["id"].numpy() for x in train_part + rest]
+    self.assertEqual((len(train_part), len(rest), len(set(ids))), (45, 5, 50))
+    self.assertEqual(input_pipeline.split_size(NUMBERS, "train[:90%]"), 45)
+    for split in ("test", "train[:0]", "train[:101]", "tr ain"):
+      with self.assertRaisesRegex(ValueError, r"unknown or empty; it has train \(50\), validation \(13\)"):
+        input_pipeline.split_size(NUMBERS, split)
+
+  def test_a_batch_is_a_function_of_its_number(self):
+    batches = take(self.train_batches(), 14)  # two epochs and a bit
+    self.assertEqual(batches[0]["images"].shape, (8, 32, 32, 3))
+    self.assertLessEqual(abs(batches[0]["images"]).max(), 1)
+    np.testing.assert_allclose(batches[0]["labels"].sum(1), 1, rtol=1e-6)
+    for start in (3, 6, 13):
+      self.assert_same(batches[start], next(self.train_batches(start_step=start)))
+    with mock.patch.object(input_pipeline, "THREADS", 1):
+      for one, other in zip(batches, self.train_batches()):
+        self.assert_same(one, other)
+    self.assertGreater(abs(next(self.train_batches(seed=4))["images"] - batches[0]["images"]).max(), 0.1)
+
+  @parameterized.parameters(2, 4)
+  def test_processes_share_the_batches_of_one(self, count):
+    whole = take(self.train_batches(), 3)
+    shares = [take(self.train_batches(process_index=i, process_count=count), 3) for i in range(count)]
+    for k, batch in enumerate(whole):
+      for key in ("images", "labels"):
+        np.testing.assert_array_equal(np.concatenate([share[k][key] for share in shares]), batch[key])
+
+  def test_without_augmentation_labels_and_pictures_belong_together(self):
+    batch = next(self.train_batches(batch_size=50, randaug_layers=0, mixup_p=0))
+    records = list(input_pipeline.shuffled_records(NUMBERS, "train", 3).take(50))
+    np.testing.assert_array_equal(batch["labels"].argmax(1), [x["label"].numpy() for x in records])
+    self.assertEqual(set(np.unique(batch["labels"])), {0, 1})
+    image = input_pipeline.train_image(records[7]["image"], 3, 7, 32, 0)
+    np.testing.assert_allclose(batch["images"][7], image.numpy() / 127.5 - 1, atol=1e-6)
+
+  def test_dtype_of_the_images(self):
+    self.assertEqual(next(self.train_batches(dtype=jnp.bfloat16))["images"].dtype, jnp.bfloat16)
+
+  def test_random_crops(self):
+    """Area and aspect ratio of the boxes, from pictures whose pixels say where they are."""
+    y, x = np.mgrid[:200, :250]
+    png = tf.io.encode_png(np.stack([y, x, 0 * x], -1).astype(np.uint8))
+    areas, ratios = [], []
+    for i in range(300):
+      crop = input_pipeline.decode_random_crop(png, (0, i)).numpy()
+      self.assertEqual((np.ptp(crop[..., 0]) + 1, np.ptp(crop[..., 1]) + 1), crop.shape[:2])  # a box of the picture
+      areas.append(crop.shape[0] * crop.shape[1] / (200 * 250))
+      ratios.append(crop.shape[1] / crop.shape[0])
+    self.assertBetween(min(areas), 0.049, 0.12)
+    self.assertGreater(max(areas), 0.8)
+    self.assertBetween(min(ratios), 0.74, 0.8)
+    self.assertBetween(max(ratios), 1.25, 1.36)
+
+  def test_fused_crop_is_decode_then_crop(self):
+    y, x = np.mgrid[:120, :90]
+    image = np.stack([y, x, y + x], -1).astype(np.uint8)
+    jpeg = tf.io.encode_jpeg(image, quality=95)
+    decoded = tf.io.decode_jpeg(jpeg).numpy()
+    for i in range(5):
+      expected = input_pipeline.decode_random_crop(tf.io.encode_png(decoded), (0, i)).numpy().astype(int)
+      got = input_pipeline.decode_random_crop(jpeg, (0, i)).numpy()
+      self.assertEqual(got.shape, expected.shape)
+      # The decoder smooths colours across pixels, on the border of the box without those beyond it.
+      np.testing.assert_allclose(got, expected, atol=3)
+      np.testing.assert_array_equal(got[2:-2, 2:-2], expected[2:-2, 2:-2])
+
+  def test_train_image_truncates_and_flips(self):
+    gradient = np.repeat(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], 120, 0).repeat(3, 2)
+    png = tf.io.encode_png(gradient)
+    flips = 0
+    for i in range(60):
+      image = input_pipeline.train_image(png, 0, i, 32, 0).numpy()
+      crop = input_pipeline.decode_random_crop(png, input_pipeline.seed_for("crops", 0, i)).numpy()
+      # Bilinear without antialiasing: output pixel j reads at (j + 0.5) * width / 32 - 0.5.
+      where = ((np.arange(32) + 0.5) * crop.shape[1] / 32 - 0.5).clip(0, crop.shape[1] - 1)
+      row = np.floor(np.interp(where, np.arange(crop.shape[1]), crop[0, :, 0]) + 1e-4)
+      flipped = image[0, 0, 0] > image[0, -1, 0]
+      flips += flipped
+      self.assertLessEqual(abs(image[5, :, 1].astype(int)[::-1 if flipped else 1] - row).max(), 1)
+      self.assertLess((image[5, :, 1][::-1 if flipped else 1] != row).mean(), 0.1)
+    self.assertBetween(flips, 18, 42)
+
+  @parameterized.parameters((30, 40), (41, 33), (224, 224), (301, 300), (57, 500))
+  def test_eval_image(self, H, W):
+    """Shorter side to 37 = round(32 * 256 / 224) by area means, truncated, central 32 x 32."""
+    image = np.random.default_rng(0).integers(0, 256, (H, W, 3)).astype(np.uint8)
+    h, w = (round(side * 37 / min(H, W)) for side in (H, W))
+
+    def area(n_in, n_out):  # the share of each input pixel in each output pixel
+      edges = np.arange(n_out + 1) * n_in / n_out
+      overlap = np.minimum(edges[1:, None], np.arange(1, n_in + 1)) - np.maximum(edges[:-1, None], np.arange(n_in))
+      return overlap.clip(0) * n_out / n_in
+
+    small = np.einsum("yh,xw,hwc->yxc", area(H, h), area(W, w), image.astype(np.float64))
+    y, x = (h - 32) // 2, (w - 32) // 2
+    got = input_pipeline.eval_image(tf.io.encode_png(image), 32).numpy().astype(int)
+    expected = np.floor(small + 1e-3)[y:y + 32, x:x + 32]
+    self.assertLessEqual(abs(got - expected).max(), 1)
+    self.assertLess((got != expected).mean(), 0.05)  # 29.999 in float32 is truncated to 29
+
+  @parameterized.product(batch_size=[4, 8, 16], count=[1, 2])
+  def test_evaluation_counts_every_image_once(self, batch_size, count):
+    shares = [list(input_pipeline.eval_batches(NUMBERS, "validation", batch_size, image_size=16, dtype=tf.float32,
+                                               process_index=i, process_count=count)) for i in range(count)]
+    self.assertEqual({len(share) for share in shares}, {-(-13 // batch_size)})
+    batches = [np.concatenate([share[k]["images"] for share in shares]) for k in range(len(shares[0]))]
+    labels = np.concatenate([share[k]["labels"] for k in range(len(shares[0])) for share in shares])
+    images, counted = np.concatenate(batches), labels.any(1)
+    np.testing.assert_array_equal(counted, [True] * 13 + [False] * (len(labels) - 13))
+    records = list(input_pipeline.read_records(NUMBERS, "validation"))
+    for image, label, record in zip(images, labels, records):
+      np.testing.assert_allclose(image, input_pipeline.eval_image(record["image"], 16).numpy() / 127.5 - 1, atol=1e-6)
+      self.assertEqual(np.flatnonzero(label), record["label"].numpy())
+
+  def test_label_sets(self):
+    batch, = input_pipeline.eval_batches(NUMBERS, "validation", 16, label="many", image_size=16)
+    numbers = [x["label"].numpy() for x in input_pipeline.read_records(NUMBERS, "validation")]
+    expected = np.array([[[0, 0, 0], [0, 1, 0], [1, 0, 1]][i] for i in numbers] + [[0, 0, 0]] * 3)
+    np.testing.assert_array_equal(batch["labels"], expected)
+
+  def test_folder_of_any_pictures(self):
+    with tempfile.TemporaryDirectory() as root:
+      name = write_folder(root, {
+          "train/cat/a.jpg": picture(color=(200, 0, 0)), "train/cat/b.png": picture(mode="L", kind="PNG", color=100),
+          "train/dog/c.png": picture(mode="RGBA", kind="PNG", color=(0, 200, 0, 50)),
+          "train/dog/d.jpg": picture(mode="CMYK", color=(0, 255, 255, 0)), "train/dog/e.jpg": picture(mode="L", color=30)})
+      builder = input_pipeline.open_dataset(name)
+      self.assertEqual(builder.info.features["label"].names, ["cat", "dog"])
+      self.assertEqual(input_pipeline.split_size(builder, "train[:60%]"), 3)
+      colors = {}
+      records = list(input_pipeline.read_records(builder, "train"))
+      for record, batch in zip(records, input_pipeline.eval_batches(builder, "train", 1, image_size=16, dtype=tf.float32)):
+        colors[os.path.basename(record["id"].numpy().decode())] = ((batch["images"][0, 8, 8] + 1) * 127.5).round().tolist()
+      for file, color in (("a.jpg", (200, 0, 0)), ("b.png", (100,) * 3), ("c.png", (0, 200, 0)), ("d.jpg", (255, 0, 0)),
+                          ("e.jpg", (30,) * 3)):
+        np.testing.assert_allclose(colors[file], color, atol=3, err_msg=file)
+      ids = [[x["id"].numpy() for x in input_pipeline.shuffled_records(builder, "train", 0).skip(5 * e).take(5)] for e in range(6)]
+      self.assertEqual({len(set(epoch)) for epoch in ids}, {5})
+      self.assertGreater(len(set(map(tuple, ids))), 1)
+      batch = next(input_pipeline.train_batches(builder, "train", 4, image_size=16))
+      self.assertEqual(batch["images"].shape, (4, 16, 16, 3))
+      parts = [{x["id"].numpy() for x in input_pipeline.read_records(builder, s)} for s in ("train[:60%]", "train[60%:]")]
+      self.assertEqual((len(parts[0]), len(parts[1]), len(parts[0] | parts[1])), (3, 2, 5))
+
+  BAD = {
+      "empty": b"", "text": b"no picture", "truncated.jpg": picture((300, 300))[:400],
+      "truncated.png": picture((300, 300), kind="PNG")[:100],
+      # 60,000 x 60,000 pixels declared in a few bytes
+      "bomb.jpg": re.sub(b"(?<=\xff\xc0\0\x11\x08)....", b"\xea\x60" * 2, picture(), flags=re.S),
+      "bomb.png": picture(kind="PNG")[:16] + (60_000).to_bytes(4, "big") * 2 + picture(kind="PNG")[24:],
+  }
+
+  @parameterized.parameters(*BAD)
+  def test_bad_images(self, kind):
+    with tempfile.TemporaryDirectory() as root:
+      good = {f"train/c{i % 2}/{i}.jpg": picture(color=(40 * i, 0, 0)) for i in range(5)}
+      bad = f"train/c0/{kind.split('.')[0]}.{kind.split('.')[-1] if '.' in kind else 'jpg'}"
+      builder = input_pipeline.open_dataset(write_folder(root, good | {bad: self.BAD[kind]}))
+      kwargs = dict(image_size=16, dtype=tf.float32)
+      for batches in (input_pipeline.train_batches(builder, "train", 3, **kwargs),
+                      input_pipeline.eval_batches(builder, "train", 4, **kwargs)):
+        with self.assertRaisesRegex(input_pipeline.BadImage, f"bad record .*{bad}.*--skip_bad_images"):
+          take(batches, 4)
+      batches = take(input_pipeline.train_batches(builder, "train", 3, randaug_layers=0, mixup_p=0, skip_bad_images=True,
+                                                  **kwargs), 20)
+      self.assertEqual(sum(batch["bad"] for batch in batches), 10)  # twice in an epoch of two batches... once an epoch
+      for batch in batches:
+        self.assertTrue((batch["labels"].sum(1) == 1).all())
+        self.assertTrue((batch["images"][..., 1] < -0.9).all())  # no grey or zero image: all are red
+      batches = list(input_pipeline.eval_batches(builder, "train", 4, skip_bad_images=True, **kwargs))
+      self.assertEqual((sum(batch["bad"] for batch in batches), sum(batch["labels"].sum() for batch in batches)), (1, 5))
+
+  def test_label_out_of_range(self):
+    for label in (3, -1):
+      with self.assertRaisesRegex(tf.errors.InvalidArgumentError, "label out of range"):
+        input_pipeline._label_set(tf.constant(label, tf.int64), 3)
+
+  def test_damaged_file(self):
+    with tempfile.TemporaryDirectory() as root:
+      builder = Numbers(data_dir=root)
+      builder.download_and_prepare()
+      path, = builder.data_path.glob("*train*")
+      data = bytearray(path.read_bytes())
+      data[len(data) // 2] ^= 255
+      path.write_bytes(data)
+      with self.assertRaisesRegex(input_pipeline.BadImage, "damaged.*corrupted record at [0-9]+.*prepare the dataset again"):
+        take(input_pipeline.train_batches(builder, "train", 10, image_size=16), 5)
+
+  def test_dataset_errors(self):
+    with tempfile.TemporaryDirectory() as root:
+      for name, message in (("imagenet2012", "not prepared in .*--manual_dir.*ILSVRC2012_img_train.tar.*--dataset=patterns"),
+                            ("imagenette3", "no such dataset.*patterns"), ("./nowhere", "no such folder"),
+                            (root + "/", "no images")):
+        with self.assertRaisesRegex(ValueError, message):
+          input_pipeline.open_dataset(name, root)
+
+  def test_patterns(self):
+    """Ten classes in equal parts, of many shapes; no class but the noise is ever without its two colours."""
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for name, pattern in input_pipeline.PATTERNS.items():
+      for _ in range(20):
+        image = input_pipeline._draw_pattern(rng, pattern)
+        shapes.add(image.shape)
+        self.assertEqual(image.dtype, np.uint8)
+        self.assertGreater(image.std((0, 1)).max(), 20, name)
+    self.assertGreater(len(shapes), 50)
+    self.assertLen(input_pipeline.PATTERNS, 10)
