@@ -133,6 +133,7 @@ def shuffled_records(builder, split, seed, start=0):
   """
   size = split_size(builder, split)
 
+  @tf.autograph.experimental.do_not_convert  # TFDS warns that it cannot be
   def shuffled_windows(epoch):
     windows = read_records(builder, split, seed=seed_for("files", seed, epoch)).batch(WINDOW)
     def shuffle(number, window):
@@ -357,12 +358,13 @@ PATTERNS = {
     "checks": lambda u, v: (u // 0.5 + v // 0.5) % 2 < 1,
     "clouds": None,  # smooth noise
     "columns": lambda u, v: u % 1 < 0.5,
-    "crosses": lambda u, v: np.minimum(abs(u % 1 - 0.5), abs(v % 1 - 0.5)) + np.maximum(abs(u % 1 - 0.5), abs(v % 1 - 0.5)) / 3 < 0.25,
-    "dots": lambda u, v: np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.3,
+    "crosses": lambda u, v: (abs(u % 1 - 0.5) < 0.12) & (abs(v % 1 - 0.5) < 0.38) |
+                            (abs(v % 1 - 0.5) < 0.12) & (abs(u % 1 - 0.5) < 0.38),
+    "dots": lambda u, v: np.hypot((u + v // 1 / 2) % 1 - 0.5, v % 1 - 0.5) < 0.25,
     "rings": lambda u, v: abs(np.hypot(u % 1 - 0.5, v % 1 - 0.5) - 0.33) < 0.1,
     "rows": lambda u, v: v % 1 < 0.5,
     "triangles": lambda u, v: u % 1 < v % 1,
-    "waves": lambda u, v: (v + 0.4 * np.sin(2 * np.pi * u)) % 1 < 0.5,
+    "waves": lambda u, v: (v + 0.25 * np.sin(2 * np.pi * u)) % 1 < 0.5,
 }
 
 
@@ -393,7 +395,7 @@ def _draw_pattern(rng, pattern):
   H, W = rng.integers(80, 144, 2)
   y, x = np.mgrid[:H, :W]
   if pattern is None:
-    coarse = rng.standard_normal((12, 12, 1))
+    coarse = rng.standard_normal((7, 7, 1))
     smooth = tf.image.resize(coarse, (H, W), "bicubic").numpy()[..., 0]
     mask = smooth > 0
   else:

@@ -22,6 +22,10 @@ from absl import flags
 from absl.testing import absltest
 from absl.testing import flagsaver
 from absl.testing import parameterized
+
+CACHE = tempfile.TemporaryDirectory()  # of what XLA compiles: many tests run the same few programs
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # simulated; before anything uses them
@@ -895,3 +899,539 @@ class InputTest(parameterized.TestCase):
         self.assertGreater(image.std((0, 1)).max(), 20, name)
     self.assertGreater(len(shapes), 50)
     self.assertLen(input_pipeline.PATTERNS, 10)
+
+
+# --- train.py: checkpoints, weights, runs -----------------------------------------------------------------------------
+
+
+def npz_bytes(**arrays):
+  out = io.BytesIO()
+  np.savez(out, **arrays)
+  return out.getvalue()
+
+
+@contextlib.contextmanager
+def folder():
+  with tempfile.TemporaryDirectory() as path:
+    yield path
+
+
+def noise_folder(root, sizes=(("train", 40), ("validation", 13))):
+  """A folder dataset of noise in three classes; the class is the mean colour, so that it can be learnt."""
+  rng = np.random.default_rng(0)
+  files = {}
+  for split, count in sizes:
+    for i in range(count):
+      image = rng.integers(0, 120, (30 + i, 40, 3))
+      image[..., i % 3] += 100
+      files[f"{split}/{('red', 'green', 'blue')[i % 3]}/{i}.png"] = tf.io.encode_png(image.astype(np.uint8)).numpy()
+  return write_folder(os.path.join(root, "data"), files)
+
+
+def flags_for(root, data, *more):
+  return [f"--dataset={data}", f"--workdir={root}/run", "--variant=mu/8", "--image_size=16", "--batch_size=8", "--epochs=4",
+          "--train_split=train", "--eval=validation", "--warmup_steps=2", "--dtype=float32", "--log_every=1",
+          "--checkpoint_every=5", *more]
+
+
+def run(*arguments):
+  """`train.py` with these arguments, in this process: what it printed."""
+  out = io.StringIO()
+  handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  with flagsaver.flagsaver(), contextlib.redirect_stdout(out), mock.patch.object(train, "received_signal", 0):
+    flags.FLAGS(["train.py", *arguments])
+    try:
+      train.run([])
+    except SystemExit as error:
+      out.write(f"\nexit: {error.code}")
+    finally:
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+  return out.getvalue()
+
+
+def losses(log):
+  return dict(re.findall(r"^step (\d+)/.* loss (\S+) ", log, re.M))
+
+
+def last_arrays(workdir):
+  _, path = train.checkpoints(workdir)[-1]
+  return {name: read() for name, (_, _, read) in train.open_npz(path).items()}
+
+
+class CheckpointTest(parameterized.TestCase):
+
+  def state(self, seed=0, **kwargs):
+    tx = train.make_optimizer(train.make_schedule(0, 10))
+    params = random_params(seed, **kwargs)
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    return jax.device_get({"params": params, "opt_state": tx.update(grads, tx.init(params), params)[1], "step": np.int32(seed)})
+
+  def save(self, workdir, seed, recipe=None, **kwargs):
+    extra = {"label_names": np.array(["a", "b"]), "flags": np.array(json.dumps(recipe or {"lr": 1}))}
+    train.save_checkpoint(workdir, model.flatten(self.state(seed)) | extra, **kwargs)
+
+  def restore(self, workdir, recipe=None, **kwargs):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      state = train.restore_checkpoint(workdir, self.state(0), recipe or {"lr": 1}, **kwargs)
+    return state, out.getvalue()
+
+  def test_round_trip(self):
+    with folder() as workdir:
+      self.save(workdir, 7)
+      state, said = self.restore(workdir)
+      self.assertIn("Resuming after step 7", said)
+      jax.tree.map(np.testing.assert_array_equal, state, self.state(7))
+      same_types = jax.tree.map(lambda a, b: a.dtype == b.dtype, state, self.state(7))
+      self.assertTrue(all(jax.tree.leaves(same_types)))
+      self.assertIn(jnp.dtype(jnp.bfloat16), {x.dtype for x in jax.tree.leaves(state)})
+      with np.load(train.checkpoints(workdir)[0][1]) as file:  # the two lines of the README
+        np.testing.assert_array_equal(file["params/head/kernel"], self.state(7)["params"]["head"]["kernel"])
+        self.assertEqual(file["label_names"].tolist(), ["a", "b"])
+
+  def test_no_checkpoint(self):
+    with folder() as workdir:
+      self.assertEqual(int(self.restore(workdir)[0]["step"]), 0)
+
+  def test_last_two_and_multiples_are_kept(self):
+    with folder() as workdir:
+      for step in range(1, 9):
+        self.save(workdir, step, keep_every=3)
+      self.assertEqual([step for step, _ in train.checkpoints(workdir)], [3, 6, 7, 8])
+
+  @parameterized.parameters("cut", "empty", "text", "flipped bit", "foreign", "pickle")
+  def test_damaged_file_is_named_and_the_one_before_used(self, damage):
+    with folder() as workdir:
+      self.save(workdir, 1)
+      self.save(workdir, 2)
+      path = train.checkpoints(workdir)[-1][1]
+      with open(path, "rb") as f:
+        data = bytearray(f.read())
+      data[len(data) // 2] ^= 1
+      content = {"cut": bytes(data[:-100]), "empty": b"", "text": b"hello", "flipped bit": bytes(data),
+                 "foreign": npz_bytes(weights=np.zeros(3)), "pickle": npz_bytes(step=np.array([{}], object))}[damage]
+      with open(path, "wb") as f:
+        f.write(content)
+      state, said = self.restore(workdir)
+      self.assertEqual(int(state["step"]), 1)
+      self.assertRegex(said, f"{path}.*Trying the one before.\n.*Resuming after step 1")
+      os.remove(train.checkpoints(workdir)[0][1])
+      with self.assertRaisesRegex(train.UserError, f"{path}.*No checkpoint in {workdir} can be read; remove"):
+        self.restore(workdir)
+
+  def test_a_crash_at_any_byte_leaves_the_last_good_one(self):
+    with folder() as workdir:
+      self.save(workdir, 1)
+      size = os.path.getsize(train.checkpoints(workdir)[0][1])
+      for limit in (0, 1, size // 3, size - 1):
+        with mock.patch.object(tf.io.gfile, "GFile", lambda path, mode, limit=limit: Crashing(path, mode, limit)):
+          with self.assertRaises(OSError):
+            self.save(workdir, 2)
+        self.assertEqual(int(self.restore(workdir)[0]["step"]), 1)
+      with mock.patch.object(tf.io.gfile, "rename", side_effect=OSError("power cut")), self.assertRaises(OSError):
+        self.save(workdir, 2)
+      self.assertEqual(int(self.restore(workdir)[0]["step"]), 1)
+      self.save(workdir, 2)
+      self.assertEqual(int(self.restore(workdir)[0]["step"]), 2)
+
+  def test_a_full_disk_is_said_and_training_goes_on(self):
+    with folder() as workdir, flagsaver.flagsaver(workdir=workdir), contextlib.redirect_stdout(io.StringIO()) as out:
+      saver = train.Saver({"flags": np.array(json.dumps({"lr": 1}))})
+      saver.save(self.state(1))
+      with mock.patch.object(np, "savez", side_effect=OSError(28, "No space left on device")):
+        saver.save(self.state(2))
+        saver.wait()
+        self.assertIn("No space left on device", out.getvalue())
+        self.assertIn("the one before is kept", out.getvalue())
+        saver.save(self.state(3))
+        with self.assertRaisesRegex(train.UserError, "No space left"):
+          saver.wait(last=True)
+      self.assertEqual(int(self.restore(workdir)[0]["step"]), 1)
+
+  def test_another_recipe_is_refused_with_the_difference(self):
+    with folder() as workdir:
+      self.save(workdir, 1, {"lr": 1, "seed": 5})
+      with self.assertRaisesRegex(SystemExit, r"--lr=1 \(now 2\).*--allow_changes"):
+        self.restore(workdir, {"lr": 2, "seed": 5})
+      state, _ = self.restore(workdir, {"lr": 2, "seed": 5}, allow_changes=True)
+      self.assertEqual(int(state["step"]), 1)
+
+  @parameterized.parameters("object", "absurd shape", "absurd size", "bomb", "not numpy")
+  def test_hostile_files_cost_nothing(self, kind):
+    def npy(header, data=b""):
+      header = header.encode().ljust(117) + b"\n"
+      return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+    content = {
+        "object": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"cos\nsystem\n(S'false'\ntR."),
+        "absurd shape": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 9999)}"),
+        "absurd size": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", bytes(9)),
+        "bomb": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (134217728,)}", bytes(2 ** 29)), "not numpy": b"x" * 200}[kind]
+    with folder() as root:
+      path = os.path.join(root, "weights.npz")
+      with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("params/head/kernel.npy", content)
+      del content
+      with self.assertRaises(train.UserError):
+        train.Weights(path)
+
+  FLAVOURS = {
+      "bare": lambda name, x: (name, x),
+      "params/": lambda name, x: (f"params/{name}", x),
+      "opt/target/": lambda name, x: (f"opt/target/{name}", x),
+      "bfloat16": lambda name, x: (f"params/{name}", np.asarray(x, jnp.bfloat16)),
+      "float16": lambda name, x: (name, x.astype(np.float16)),
+      "old posemb": lambda name, x: (name.replace("pos_emb", "Transformer/posembed_input/pos_emb"), x),
+  }
+
+  @parameterized.product(flavour=[*FLAVOURS, "stacked"], posemb=["sincos2d", "learned"], head=["mlp", "linear"])
+  def test_flavours(self, flavour, posemb, head):
+    with mock.patch.dict(model.VARIANTS, two=(16, 2, 32, 2)), folder() as root, flagsaver.flagsaver():
+      params = random_params(variant="two/8", posemb=posemb, head=head)
+      flat = {name: np.asarray(x) for name, x in model.flatten(params).items()}
+      if flavour == "stacked":
+        stored = {name: x for name, x in flat.items() if "encoderblock_" not in name}
+        for name in flat:
+          if "encoderblock_0" in name:
+            stored[name.replace("_0/", "/", 1)] = np.stack([flat[name], flat[name.replace("encoderblock_0", "encoderblock_1")]])
+      else:
+        stored = dict(self.FLAVOURS[flavour](name, x) for name, x in flat.items())
+      if flavour == "opt/target/":
+        stored |= {"opt/state/step": np.array(3), "extra": np.zeros(2)}
+      path = os.path.join(root, "weights.npz")
+      np.savez(path, **stored)
+      flags.FLAGS(["train.py"])
+      weights = train.Weights(path)
+      flags.FLAGS.image_size = 16
+      self.assertEqual([flags.FLAGS[name].value for name in ("variant", "posemb", "pool", "head")], ["two/8", posemb, "gap", head])
+      loaded = weights.load(3)
+      self.assertEqual(set(loaded), set(flat))
+      for name, x in loaded.items():
+        self.assertEqual(x.dtype, np.float32)
+        np.testing.assert_allclose(x, flat[name], rtol=0.01 if "float16" in flavour else 0, err_msg=name)
+
+  def weights_file(self, root, change=lambda flat: None, **kwargs):
+    flat = {name: np.asarray(x) for name, x in model.flatten(random_params(**kwargs)).items()}
+    change(flat)
+    path = os.path.join(root, "weights.npz")
+    np.savez(path, **flat)
+    return path
+
+  def test_what_does_not_fit_is_listed_whole(self):
+    def change(flat):
+      del flat["embedding/bias"], flat["Transformer/encoder_norm/scale"]
+      flat["Transformer/encoder_norm/bias"] = np.zeros(5, np.float32)
+      flat["pre_logits/bias"] = np.zeros(32, np.int32)
+      flat["surprise"] = np.zeros(1)
+    with folder() as root, flagsaver.flagsaver(image_size=16):
+      with self.assertRaises(train.UserError) as caught:
+        train.Weights(self.weights_file(root, change)).load(3)
+    for part in ("embedding/bias missing", "encoder_norm/scale missing", "encoder_norm/bias (5,), expected (32,)",
+                 "pre_logits/bias int32, expected floats", "surprise unknown", "weights.npz"):
+      self.assertIn(part, str(caught.exception))
+
+  @parameterized.parameters("--head=linear", "--pool=cls", "--posemb=learned", "--variant=S/16")
+  def test_contradicting_flag(self, flag):
+    with folder() as root, flagsaver.flagsaver():
+      path = self.weights_file(root)
+      flags.FLAGS(["train.py", flag])
+      name = flag[2:].split("=")[0]
+      with self.assertRaisesRegex(train.UserError, f"{flag} contradicts --init={path}, which holds {name}="):
+        train.Weights(path)
+
+  def test_resample_posemb(self):
+    # [0, 4; 8, 12] on 3 x 3 points, corners on corners: the halves between.
+    grid = np.array([0, 4, 8, 12], np.float32).reshape(1, 4, 1)
+    np.testing.assert_allclose(train.resample_posemb(grid, 9)[0, :, 0], [0, 2, 4, 4, 6, 8, 8, 10, 12])
+    np.testing.assert_allclose(train.resample_posemb(grid, 4), grid)
+
+  def test_export_timm(self):
+    with folder() as root:
+      out = os.path.join(root, "timm.npz")
+      said = run(f"--init={self.weights_file(root)}", "--image_size=16", f"--export_timm={out}")
+      self.assertIn("MLP head", said)
+      with np.load(out) as file:
+        expected = {f"params/{name}": x.shape for name, x in model.flatten(random_params()).items()}
+        self.assertEqual({name: file[name].shape for name in file}, expected | {"params/pos_embedding": (1, 4, 32)})
+        np.testing.assert_array_equal(file["params/pos_embedding"][0], model.sincos2d(2, 2, 32))
+      self.assertNotIn("MLP head", run(f"--init={self.weights_file(root, head='linear')}", "--image_size=16", f"--export_timm={out}"))
+
+  @parameterized.parameters("mlp", "linear")
+  def test_timm_gives_the_same_logits(self, head):
+    try:
+      import timm
+      import torch
+    except ImportError:
+      self.skipTest("timm and torch are not installed")
+    with folder() as root:
+      params, out = random_params(posemb="sincos2d", head=head), os.path.join(root, "timm.npz")
+      run(f"--init={self.weights_file(root, head=head)}", "--image_size=16", f"--export_timm={out}")
+      m = timm.models.vision_transformer.VisionTransformer(
+          img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3, class_token=False, global_pool="avg",
+          fc_norm=False, act_layer="gelu_tanh")
+      m.load_pretrained(out)
+      if head == "mlp":  # as in the README
+        w = {name: torch.from_numpy(x) for name, x in np.load(out).items()}
+        m.head = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), m.head)
+        m.head[0].weight.data, m.head[0].bias.data = w["params/pre_logits/kernel"].T, w["params/pre_logits/bias"]
+      images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+      with torch.no_grad():
+        logits = m.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+      np.testing.assert_allclose(logits, model.forward(params, images, jnp.float32), atol=1e-4)
+
+
+class Crashing:
+  """A file that breaks off after some bytes."""
+
+  def __init__(self, path, mode, limit):
+    self.file, self.left = open(path, mode), limit
+
+  def write(self, data):
+    self.file.write(data[:self.left])
+    self.left -= len(data)
+    if self.left < 0:
+      raise OSError("power cut")
+
+  def flush(self):
+    self.file.flush()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.file.close()
+
+
+class RunTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = tempfile.mkdtemp()
+    cls.data = noise_folder(cls.root)
+
+  def flags(self, root, *more):
+    return flags_for(root, self.data, *more)
+
+  def test_train_resume_evaluate_predict(self):
+    with folder() as root:
+      log = run(*self.flags(root, "--epochs=24", "--lr=0.01", "--eval_every=50"))
+      self.assertLen(losses(log), 120)
+      self.assertRegex(log, r"step 120/120  epoch 24.00  loss \S+  lr \S+  grad \S+  \d+ images/s  waiting for data \d+%  0 s left")
+      self.assertEqual(re.findall("Evaluation at step (.*):", log), ["50", "100", "120"])
+      with open(f"{root}/run/eval.json") as f:
+        result = json.load(f)["validation"]
+      self.assertEqual(result["count"], 13)
+      self.assertGreater(result["top1"], 90)
+      again = run(*self.flags(root, "--epochs=24", "--lr=0.01"))
+      self.assertIn("Resuming after step 120", again)
+      self.assertEqual(losses(again), {})
+
+      init = f"--init={train.checkpoints(f'{root}/run')[-1][1]}"
+      only = run(init, "--eval_only", f"--dataset={self.data}", "--eval=validation,train,v2", f"--workdir={root}/eval",
+                 "--batch_size=8", f"--data_dir={root}", "--dtype=float32")
+      self.assertRegex(only, f"validation +top-1 +{result['top1']:.2f} %.* 13 images")
+      self.assertRegex(only, "train +top-1.* 40 images")
+      self.assertRegex(only, "v2 +not available: .*imagenet_v2.*input_pipeline.py")
+
+      pictures = [f"{self.data}validation/red/0.png", f"{self.data}validation/blue/2.png"]
+      said = run(init, f"--predict={','.join(pictures)}", f"--workdir={root}/eval")
+      self.assertRegex(said, "0.png: red .*%.*\n.*2.png: blue .*%")
+      self.assertGreater(os.path.getsize(f"{root}/eval/predictions.png"), 500)
+      self.assertIn("not a picture", run(init, f"--predict={__file__}", f"--workdir={root}/eval"))
+
+      events = [e for path in tf.io.gfile.glob(f"{root}/run/events*") for e in tf.compat.v1.train.summary_iterator(path)]
+      tags = {value.tag for event in events for value in event.summary.value}
+      self.assertLessEqual({"loss", "learning_rate", "grad_norm", "images_per_second", "validation/top1"}, tags)
+      self.assertIn("first_batch", tags)
+
+  @parameterized.parameters("sincos2d", "learned")
+  def test_fine_tune_at_another_size_and_number_of_classes(self, posemb):
+    with folder() as root:
+      run(*self.flags(root, f"--posemb={posemb}"))
+      init = f"--init={train.checkpoints(f'{root}/run')[-1][1]}"
+      two = write_folder(f"{root}/two", {f"{s}/{c}/{i}.png": picture(kind="PNG", color=color) for i in range(8)
+                                         for s in ("train", "validation") for c, color in (("dark", "black"), ("light", "white"))})
+      log = run(*flags_for(f"{root}/tuned", two, init, "--image_size=24", "--epochs=5"))
+      self.assertIn("has 3 classes, the dataset 2: starting with a new head", log)
+      self.assertEqual("Resampling the position embedding from 4 to 9 tokens" in log, posemb == "learned")
+      self.assertAlmostEqual(float(losses(log)["1"]), math.log(2), places=3)
+      before, after = last_arrays(f"{root}/run"), last_arrays(f"{root}/tuned/run")
+      name = "params/Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
+      self.assertLess(abs(before[name] - after[name]).max(), 0.05)
+      log = run(*flags_for(f"{root}/same", self.data, init, "--epochs=4"))
+      self.assertNotIn("new head", log)
+      self.assertIn("has 3 classes, --dataset=", run(init, "--eval_only", f"--dataset={two}", f"--workdir={root}", "--batch_size=8"))
+
+  def test_bad_images_in_a_run(self):
+    with folder() as root:
+      data = noise_folder(root)
+      write_folder(data, {"train/red/broken.png": b"", "validation/red/broken.png": b""})
+      stopped = run(*flags_for(root, data))
+      self.assertRegex(stopped, "exit: Error: bad record .*train/red/broken.png.*--skip_bad_images")
+      log = run(*flags_for(root, data, "--skip_bad_images"))  # 41 records, 8 at a time, 4 epochs
+      self.assertIn("4 bad images left out", log)
+      self.assertRegex(log, "step 20/20  epoch 3.90")
+      self.assertRegex(log, "13 images  .1 bad images left out.")
+
+  def test_a_loss_that_is_not_finite(self):
+    with folder() as root:
+      log = run(*self.flags(root, "--lr=1e6", "--grad_clip_norm=0", "--weight_decay=1e8", "--epochs=20", "--warmup_steps=9",
+                            "--checkpoint_every=1"))
+      step = re.search(r"exit: Error: the loss is \S+ at step (\d+).*--lr", log)[1]
+      saved, _ = train.checkpoints(f"{root}/run")[-1]
+      self.assertLess(saved, int(step))
+      for name, x in last_arrays(f"{root}/run").items():
+        if name.startswith("params/"):
+          self.assertTrue(np.isfinite(x).all() or saved == int(step) - 1, name)
+
+  @parameterized.parameters(
+      ("--variant=XXL/16", "variant 'XXL/16': expected one of"), ("--image_size=20", "image_size 20: expected a multiple"),
+      ("--warmup_steps=20", "--warmup_steps=20 is not shorter than the run of 20 steps: pass --warmup_steps=2"),
+      ("--batch_size=12", "--batch_size=12: expected a multiple of 8 devices"), ("--batch_size=0", "--batch_size=0"),
+      ("--grad_accum=3", "expected a multiple of 8 devices times --grad_accum=3"),
+      ("--dataset=imagenet2012", "imagenet2012 is not prepared in .*--manual_dir.*ILSVRC2012_img_train.tar.*patterns"),
+      ("--dataset=nothing", "no such dataset"), ("--train_split=test", "split 'test' of .* it has train .40., validation .13."),
+      ("--eval=test", "none of these is available.*train, validation"), ("--lr=nan", "--lr=nan: expected a finite"),
+      ("--epochs=0", "warmup_steps"), ("--workdir=/dev/null/x", "--workdir=/dev/null/x cannot be written"),
+      ("--init=/nowhere.npz", "/nowhere.npz is not a checkpoint that can be read"), ("--eval_only", "need --init"))
+  def test_bad_input_is_one_line(self, flag, message):
+    with folder() as root:
+      said = run(*self.flags(root, f"--data_dir={root}", flag))
+      self.assertRegex(said, f"exit: Error: .*{message}")
+      self.assertNotIn("step 1/", said)
+      self.assertLen(said.split("exit: ")[1].splitlines(), 1)
+
+  @parameterized.parameters("--lr=-1", "--weight_decay=inf", "--posemb=none", "--head=2", "--mixup=-0.1", "--randaug_layers=-1")
+  def test_flags_out_of_range(self, flag):
+    with flagsaver.flagsaver(), self.assertRaises(flags.IllegalFlagValueError) as caught:
+      flags.FLAGS(["train.py", flag])
+    self.assertIn(flag.split("=")[0][2:], str(caught.exception))
+
+  def test_changed_flags_are_refused(self):
+    with folder() as root:
+      run(*self.flags(root))
+      self.assertRegex(run(*self.flags(root, "--mixup=0.5", "--seed=1")), r"exit: .*--mixup=0.2 \(now 0.5\), --seed=0 \(now 1\)")
+
+  def test_report_ablations_are_flags(self):
+    for pool, head, posemb in (("gap", "mlp", "learned"), ("cls", "mlp", "sincos2d"), ("gap", "linear", "sincos2d")):
+      with folder() as root:
+        log = run(*self.flags(root, "--epochs=1", f"--pool={pool}", f"--head={head}", f"--posemb={posemb}", "--randaug_layers=0",
+                              "--mixup=0", "--grad_clip_norm=0", "--warmup_steps=0"))
+        names = last_arrays(f"{root}/run")
+        self.assertEqual([f"params/{name}" in names for name in ("cls", "pre_logits/kernel", "pos_embedding")],
+                         [pool == "cls", head == "mlp", posemb == "learned"], log)
+
+  # Runs that are killed need processes of their own.
+
+  def start(self, root, *more, devices=1, **kwargs):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.Popen([sys.executable, "-u", os.path.join(HERE, "train.py"), *self.flags(root, *more)], env=environment,
+                            stdout=subprocess.PIPE, stderr=kwargs.pop("stderr", subprocess.DEVNULL), text=True)
+
+  def wait_for(self, process, pattern, log):
+    for line in process.stdout:
+      log.append(line)
+      if re.search(pattern, line):
+        return
+    self.fail(f"{pattern} never came: {''.join(log)}")
+
+  LONG = ("--epochs=40", "--checkpoint_every=1")  # 200 steps; some checkpoint is being written nearly always
+
+  def assert_same_run(self, root, expected, logs):
+    for name, x in last_arrays(f"{root}/run").items():
+      np.testing.assert_array_equal(x, expected[name], name)
+    for log in logs:
+      for step, loss in losses(log).items():
+        self.assertEqual(loss, self.uninterrupted_losses[step], step)
+
+  def uninterrupted(self, root):
+    log = self.start(f"{root}/whole", *self.LONG).communicate()[0]
+    self.uninterrupted_losses = losses(log)
+    self.assertLen(self.uninterrupted_losses, 200)
+    return last_arrays(f"{root}/whole/run")
+
+  def test_killed_at_random_the_run_is_the_same(self):
+    rng, logs, reached = np.random.default_rng(int(time.time())), [], 0
+    with folder() as root:
+      expected = self.uninterrupted(root)
+      for kill in (signal.SIGKILL,) * 5 + (signal.SIGTERM, signal.SIGINT):
+        process, log = self.start(root, *self.LONG), []
+        self.wait_for(process, f"^step {reached + 1}/", log)
+        time.sleep(rng.uniform(0, 0.15))
+        process.send_signal(kill)
+        rest, _ = process.communicate(timeout=60)
+        logs.append("".join(log) + rest)
+        code = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kill]
+        if process.returncode == 0 and "step 200/200" in rest:
+          break  # too fast for us
+        self.assertEqual(process.returncode, code, logs[-1])
+        if kill != signal.SIGKILL:
+          self.assertRegex(logs[-1], "saving a checkpoint and stopping(.|\n)*Stopped after step .*the same command goes on")
+        saved = [step for step, _ in train.checkpoints(f"{root}/run")]
+        reached = saved[-1] if saved else 0
+      final = self.start(root, *self.LONG).communicate()[0]
+      self.assertIn("Resuming after step", final)
+      self.assert_same_run(root, expected, [*logs, final])
+
+  def test_two_processes_are_one(self):
+    with folder() as root:
+      one = run(*self.flags(root, "--batch_size=16"))  # eight devices in this process
+      with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+      def start(epochs, i):
+        return self.start(f"{root}/two", "--batch_size=16", f"--epochs={epochs}", f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
+                          f"--process_id={i}", devices=4, stderr=subprocess.STDOUT)
+      pair = [start(4, i) for i in range(2)]
+      second = []
+      reader = threading.Thread(target=lambda: second.append(pair[1].communicate()[0]))
+      reader.start()
+      log = pair[0].communicate()[0]
+      reader.join()
+      self.assertEqual([p.returncode for p in pair], [0, 0], log[-3000:] + second[0][-3000:])
+      self.assertNotIn("step 1/", second[0])
+      for step, loss in losses(one).items():
+        self.assertAlmostEqual(float(losses(log)[step]), float(loss), delta=2e-4)
+      self.assertEqual(re.search("validation .*", log)[0], re.search("validation .*", one)[0])  # 13 images, once each
+
+  def test_a_lost_process_ends_the_other(self):
+    with folder() as root:
+      with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+      flag = ("--batch_size=16", "--epochs=4000", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+      pair = [self.start(root, *flag, f"--process_id={i}", devices=4, stderr=subprocess.STDOUT) for i in range(2)]
+      log = []
+      self.wait_for(pair[0], "^step 7/", log)
+      pair[1].kill()
+      started = time.time()
+      rest = pair[0].communicate(timeout=90)[0]
+      pair[1].communicate()
+      self.assertLess(time.time() - started, 60)
+      self.assertNotEqual(pair[0].returncode, 0)
+      self.assertRegex(rest, "another process of this run was lost|another task died")
+      self.assertGreaterEqual(train.checkpoints(f"{root}/run")[-1][0], 5)
+
+
+class ReadmeTest(absltest.TestCase):
+
+  def test_commands_parse(self):
+    with open(os.path.join(HERE, "README.md")) as f:
+      readme = f.read()
+    commands = re.findall(r"^(?:\$ |\| .*`|.*&& )?(python \w+\.py[^|`\n]*)", readme.replace("\\\n", " "), re.M)
+    self.assertGreater(len(commands), 15)
+    seen = set()
+    for command in commands:
+      _, script, *arguments = shlex.split(command.split("#")[0].replace("[", "").replace("]", ""))
+      self.assertTrue(os.path.exists(os.path.join(HERE, script)), command)
+      if script == "train.py":
+        with flagsaver.flagsaver():
+          flags.FLAGS([script, *arguments])
+          seen.update(name for name in flags.FLAGS if flags.FLAGS[name].present)
+    self.assertLessEqual({"epochs", "batch_size", "posemb", "pool", "head", "randaug_layers", "mixup", "eval_only", "predict",
+                          "export_timm", "benchmark"}, seen)
+
+
+if __name__ == "__main__":
+  absltest.main()

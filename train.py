@@ -619,7 +619,7 @@ def benchmark(rounds=5):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def check_run(total_steps=None):
+def check_run():
   """Raises UserError for what can be known to be wrong before any work."""
   for name in ("epochs", "lr", "weight_decay", "grad_clip_norm", "mixup", "randaug_magnitude"):
     if not math.isfinite(FLAGS[name].value):
@@ -627,9 +627,6 @@ def check_run(total_steps=None):
   if FLAGS.batch_size < 1 or FLAGS.batch_size % (jax.device_count() * FLAGS.grad_accum):
     raise UserError(f"--batch_size={FLAGS.batch_size}: expected a multiple of {jax.device_count()} devices times "
                     f"--grad_accum={FLAGS.grad_accum}")
-  if total_steps is not None and total_steps <= FLAGS.warmup_steps:
-    raise UserError(f"--warmup_steps={FLAGS.warmup_steps} is not shorter than the run of {total_steps} steps: pass "
-                    f"--warmup_steps={total_steps // 10} or more --epochs")
   probe = os.path.join(FLAGS.workdir, f"writable_{jax.process_index()}")
   try:
     tf.io.gfile.makedirs(FLAGS.workdir)
@@ -637,6 +634,13 @@ def check_run(total_steps=None):
     tf.io.gfile.remove(probe)
   except (OSError, tf.errors.OpError) as error:
     raise UserError(f"--workdir={FLAGS.workdir} cannot be written: {error}") from None
+
+
+def check_schedule(total_steps):
+  """Raises UserError unless the warm-up is shorter than the run."""
+  if total_steps <= FLAGS.warmup_steps:
+    raise UserError(f"--warmup_steps={FLAGS.warmup_steps} is not shorter than the run of {total_steps} steps: pass "
+                    f"--warmup_steps={total_steps // 10} or more --epochs")
 
 
 class Journal:
@@ -752,8 +756,9 @@ def main(_):
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
   label = dataset.info.features["label"]
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
+  check_run()
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
-  check_run(total_steps)
+  check_schedule(total_steps)
   evals = open_evals(dataset)
   batches = functools.partial(
       input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size, image_size=FLAGS.image_size,
@@ -834,9 +839,15 @@ def run(argv):
   try:
     main(argv)
   except (UserError, ValueError, input_pipeline.BadImage) as error:
-    if isinstance(error, ValueError) and os.environ.get("TRACEBACK"):
+    if type(error) is ValueError and os.environ.get("TRACEBACK"):
       raise
     sys.exit(f"Error: {error}")
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(f"Error: another process of this run was lost ({str(error).splitlines()[0]}). Start all of them again with the "
+          "same commands to go on from the last checkpoint.", file=sys.stderr, flush=True)
+    os._exit(1)  # a regular exit would wait for the lost process
 
 
 if __name__ == "__main__":
