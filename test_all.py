@@ -856,7 +856,7 @@ class InputTest(parameterized.TestCase):
           take(batches, 4)
       batches = take(input_pipeline.train_batches(builder, "train", 3, randaug_layers=0, mixup_p=0, skip_bad_images=True,
                                                   **kwargs), 20)
-      self.assertEqual(sum(batch["bad"] for batch in batches), 10)  # twice in an epoch of two batches... once an epoch
+      self.assertEqual(sum(batch["bad"] for batch in batches), 10)  # 60 records are ten epochs of six
       for batch in batches:
         self.assertTrue((batch["labels"].sum(1) == 1).all())
         self.assertTrue((batch["images"][..., 1] < -0.9).all())  # no grey or zero image: all are red
