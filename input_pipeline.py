@@ -40,6 +40,14 @@ def seed_for(stream, seed, index):
   return tf.stack([tf.constant(seed * len(STREAMS) + STREAMS.index(stream), tf.int64), tf.cast(index, tf.int64)])
 
 
+class DatasetError(ValueError):
+  """There is no such dataset or split; the message says what there is, or how to get it."""
+
+
+class BadImage(Exception):
+  """A record that cannot be used; the message names it."""
+
+
 # --- Records ----------------------------------------------------------------------------------------------------------
 
 
@@ -52,32 +60,32 @@ def open_dataset(name, data_dir=None, manual_dir=None):
     manual_dir: prepare the dataset from the archives in this folder if it is not there yet.
 
   Raises:
-    ValueError: there is no such dataset, or it is not prepared; the message says how to get it.
+    DatasetError: there is no such dataset, or it is not prepared; the message says how to get it.
   """
   if "/" in name:
     if not tf.io.gfile.isdir(name):
-      raise ValueError(f"--dataset={name}: no such folder; expected {name}/SPLIT/CLASS/IMAGE.jpg")
+      raise DatasetError(f"--dataset={name}: no such folder; expected {name}/SPLIT/CLASS/IMAGE.jpg")
     builder = tfds.ImageFolder(name)
     if not builder.info.splits:
-      raise ValueError(f"--dataset={name}: no images found; expected {name}/SPLIT/CLASS/IMAGE.jpg (or .jpeg, .png)")
+      raise DatasetError(f"--dataset={name}: no images found; expected {name}/SPLIT/CLASS/IMAGE.jpg (or .jpeg, .png)")
     return builder
   try:
     builder = Patterns(data_dir=data_dir) if name == "patterns" else tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError:
-    raise ValueError(f"--dataset={name}: TFDS has no such dataset; expected a name such as imagenet2012 or cifar10, "
+    raise DatasetError(f"--dataset={name}: TFDS has no such dataset; expected a name such as imagenet2012 or cifar10, "
                      "patterns (the built-in demo), or the path of a folder of images") from None
   if name == "patterns" or manual_dir:
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
   root = builder.data_path.parents[builder.info.full_name.count("/")]
   if not builder.info.splits:
-    raise ValueError(f"--dataset={name} is not prepared in {root}. Prepare it with `python input_pipeline.py "
+    raise DatasetError(f"--dataset={name} is not prepared in {root}. Prepare it with `python input_pipeline.py "
                      f"--dataset={name} --data_dir={root} --manual_dir=DIR`, where DIR holds its archives (imagenet2012: "
                      "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar), or try the demo, --dataset=patterns")
   return builder
 
 
 def split_size(builder, split):
-  """The number of examples of a split such as "validation" or "train[:99%]"; ValueError if there is none."""
+  """The number of examples of a split such as "validation" or "train[:99%]"; DatasetError if there is none."""
   return sum(stop - start for _, start, stop in _ranges(builder, split))
 
 
@@ -89,7 +97,7 @@ def _ranges(builder, split):
   parts = [(part.splitname, part.from_ or 0, part.to if part.to is not None else
             builder.info.splits[part.splitname].num_examples) for part in parts]
   if not any(stop > start for _, start, stop in parts):
-    raise ValueError(f"split {split!r} of {builder.name} is unknown or empty; it has "
+    raise DatasetError(f"split {split!r} of {builder.name} is unknown or empty; it has "
                      + ", ".join(f"{name} ({info.num_examples:,})" for name, info in builder.info.splits.items()))
   return parts
 
@@ -203,10 +211,6 @@ def eval_image(image_bytes, image_size=224):
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
-
-
-class BadImage(Exception):
-  """A record that cannot be used; the message names it."""
 
 
 def _label_set(label, num_classes):

@@ -33,6 +33,7 @@ from absl import flags
 from absl import logging
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
@@ -245,7 +246,7 @@ def open_evals(dataset):
   """{name: (builder, split, label feature)} of --eval. What is not prepared is reported and left out.
 
   Raises:
-    ValueError: none is left.
+    UserError: none is left.
   """
   evals = {}
   for name in FLAGS.eval:
@@ -255,10 +256,10 @@ def open_evals(dataset):
       split = name if name in builder.info.splits else split
       input_pipeline.split_size(builder, split)
       evals[name] = builder, split, label
-    except ValueError as error:
+    except input_pipeline.DatasetError as error:
       log(f"  {name:10} not available: {error}")
   if not evals:
-    raise ValueError(f"--eval={','.join(FLAGS.eval)}: none of these is available; expected minival, val, real, v2 or "
+    raise UserError(f"--eval={','.join(FLAGS.eval)}: none of these is available; expected minival, val, real, v2 or "
                      f"splits of --dataset={FLAGS.dataset}: {', '.join(dataset.info.splits)}")
   return evals
 
@@ -525,7 +526,10 @@ def resample_posemb(posemb, tokens):
 
 def flags_table(num_classes):
   """The parameter table that the flags describe."""
-  return model.parameter_table(FLAGS.variant, FLAGS.image_size, FLAGS.posemb, FLAGS.pool, FLAGS.head, num_classes)
+  try:
+    return model.parameter_table(FLAGS.variant, FLAGS.image_size, FLAGS.posemb, FLAGS.pool, FLAGS.head, num_classes)
+  except ValueError as error:
+    raise UserError(f"--{error}") from None
 
 
 def predict(weights, paths, dtype):
@@ -546,6 +550,7 @@ def predict(weights, paths, dtype):
     heat = tf.image.resize(heat / heat.max(), image.shape[:2]).numpy()
     pictures += [image.numpy(), np.uint8(image * (0.2 + 0.8 * heat))]
     captions += [f"{names[best[0]]} {probs[best[0]]:.0%}", "last block's attention"]
+  tf.io.gfile.makedirs(FLAGS.workdir)
   out = os.path.join(FLAGS.workdir, "predictions.png")
   augment.draw_grid(out, pictures, captions, columns=2 * min(4, len(paths)))
   log(f"Wrote {out}.")
@@ -745,14 +750,14 @@ def main(_):
   logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
   start_processes()
   dtype, index, count = jnp.dtype(FLAGS.dtype), jax.process_index(), jax.process_count()
-  recipe = {name: FLAGS[name].value for name in RECIPE}
   if FLAGS.benchmark:
     return benchmark()
-  weights = Weights(FLAGS.init) if FLAGS.init else None
+  weights = Weights(FLAGS.init) if FLAGS.init else None  # sets the flags of the model to what the file holds
   if FLAGS.eval_only or FLAGS.predict or FLAGS.export_timm:
     return use(weights, dtype)
 
   # Data
+  recipe = {name: FLAGS[name].value for name in RECIPE}
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
   label = dataset.info.features["label"]
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
@@ -776,6 +781,7 @@ def main(_):
   state = {"params": params, "opt_state": tx.init(params), "step": np.int32(0)}
   state = put_replicated(restore_checkpoint(FLAGS.workdir, jax.device_get(state), recipe, FLAGS.allow_changes))
   step = int(state["step"])
+  multihost_utils.assert_equal(np.int32(step), "The processes do not see the same checkpoints: --workdir must be shared.")
 
   # Step
   update, eval_step = make_update(tx, dtype, FLAGS.grad_accum, FLAGS.remat), make_eval_step(dtype)
@@ -837,17 +843,18 @@ def use(weights, dtype):
 def run(argv):
   """`main`, with a line instead of a traceback for what the user can mend."""
   try:
-    main(argv)
-  except (UserError, ValueError, input_pipeline.BadImage) as error:
-    if type(error) is ValueError and os.environ.get("TRACEBACK"):
-      raise
-    sys.exit(f"Error: {error}")
+    return main(argv)
+  except (UserError, input_pipeline.DatasetError, input_pipeline.BadImage) as error:
+    message = f"Error: {error}"
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    print(f"Error: another process of this run was lost ({str(error).splitlines()[0]}). Start all of them again with the "
-          "same commands to go on from the last checkpoint.", file=sys.stderr, flush=True)
-    os._exit(1)  # a regular exit would wait for the lost process
+    message = (f"Error: another process of this run was lost ({str(error).splitlines()[0]}). Start all of them again with "
+               "the same commands to go on from the last checkpoint.")
+  if jax.process_count() > 1:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)  # a regular exit would wait for the others, which wait for this one
+  sys.exit(message)
 
 
 if __name__ == "__main__":
