@@ -143,7 +143,7 @@ def make_update(tx, dtype=jnp.bfloat16, grad_accum=1, remat=False):
   """The training step: function(state, batch) -> (state, metrics), to be compiled; the old state is given up.
 
   state: {"params", "opt_state", "step" int32 []}; batch: {"images" [B, I, I, 3], "labels" [B, C], "signals" [any, 2]}.
-  metrics: "loss" and "grad_norm" float32 [], and those of `read_signals`.
+  metrics: "loss", "grad_norm" (before clipping) and "param_norm" (after the update) float32 [], and those of `read_signals`.
   """
 
   def loss_fn(params, images, labels):
@@ -162,9 +162,9 @@ def make_update(tx, dtype=jnp.bfloat16, grad_accum=1, remat=False):
     compute = accumulate if grad_accum > 1 else grad_fn
     loss, grads = compute(state["params"], batch["images"], batch["labels"])
     updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-    state = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "step": state["step"] + 1}
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)} | read_signals(batch)
-    return state, metrics
+    params = optax.apply_updates(state["params"], updates)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics | read_signals(batch)
 
   return update
 
@@ -672,18 +672,19 @@ class Journal:
     """Waits for a step; logs it if it is time to. Returns the number of a signal that some process got, or 0.
 
     Raises:
-      UserError: the loss is not finite.
+      UserError: the loss, the gradients or the new parameters are not finite.
     """
-    loss = metrics["loss"].item()  # here the host waits for the device
-    if not math.isfinite(loss):
-      raise UserError(f"the loss is {loss} at step {step}. The last checkpoint in {FLAGS.workdir} is from before; "
-                      "expected finite numbers: try a lower --lr or a longer --warmup_steps")
+    loss, grad_norm, param_norm = (metrics[key].item() for key in ("loss", "grad_norm", "param_norm"))  # waits for the device
+    if not all(map(math.isfinite, (loss, grad_norm, param_norm))):
+      raise UserError(f"not finite at step {step}: loss {loss}, norm of the gradients {grad_norm}, of the parameters "
+                      f"{param_norm}. The last checkpoint in {FLAGS.workdir} is from before; try a lower --lr or a longer "
+                      "--warmup_steps")
     self.bad += metrics["bad"].item()
     if step % FLAGS.log_every == 0 or step == self.total_steps:
       elapsed, steps = time.perf_counter() - self.started, step - (self.since or step)
       scalars = {
           "epoch": step * FLAGS.batch_size / self.num_examples, "loss": loss,
-          "learning_rate": FLAGS.lr * float(self.schedule(step - 1)), "grad_norm": metrics["grad_norm"].item(),
+          "learning_rate": FLAGS.lr * float(self.schedule(step - 1)), "grad_norm": grad_norm, "param_norm": param_norm,
           "images_per_second": steps * FLAGS.batch_size / elapsed, "data_wait": self.waited / elapsed, "bad_images": self.bad}
       left = (self.total_steps - step) * elapsed / steps if steps else math.nan
       log("step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {learning_rate:.2e}  grad {grad_norm:.3f}  "
@@ -803,7 +804,7 @@ def main(_):
     pending.append((step, metrics))
     evaluates, saves = step % FLAGS.eval_every == 0, step % FLAGS.checkpoint_every == 0
     # The device works on this step while the host reads the metrics of the one before.
-    while len(pending) > (0 if evaluates or saves or step == total_steps else 1):
+    while len(pending) > (0 if evaluates or saves or stop or step == total_steps else 1):
       stop = journal.report(*pending.popleft()) or stop
     if saves or stop or step == total_steps:
       saver.save(state)
