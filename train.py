@@ -548,8 +548,9 @@ def predict(weights, paths, dtype):
     log(f"{path}: " + ", ".join(f"{names[c]} {probs[c]:.1%}" for c in best))
     heat = np.asarray(model.attention_map(params, images, dtype))[0, ..., None]
     heat = tf.image.resize(heat / heat.max(), image.shape[:2]).numpy()
-    pictures += [image.numpy(), np.uint8(image * (0.2 + 0.8 * heat))]
-    captions += [f"{names[best[0]]} {probs[best[0]]:.0%}", "last block's attention"]
+    shown = np.stack([image, image.numpy() * (0.2 + 0.8 * heat)])
+    pictures += [*np.uint8(tf.image.resize(shown, (224, 224), "nearest"))]
+    captions += [f"{names[best[0]]} {probs[best[0]]:.0%}", "attention of the last block"]
   tf.io.gfile.makedirs(FLAGS.workdir)
   out = os.path.join(FLAGS.workdir, "predictions.png")
   augment.draw_grid(out, pictures, captions, columns=2 * min(4, len(paths)))
