@@ -1362,8 +1362,8 @@ class RunTest(parameterized.TestCase):
       expected = self.uninterrupted(root)
       for kill in (signal.SIGKILL,) * 5 + (signal.SIGTERM, signal.SIGINT):
         process, log = self.start(root, *self.LONG), []
-        self.wait_for(process, f"^step {reached + rng.integers(1, 20)}/", log)
-        time.sleep(rng.uniform(0, 0.15))
+        self.wait_for(process, f"^step {reached + rng.integers(1, 8)}/", log)
+        time.sleep(rng.uniform(0, 0.1))
         process.send_signal(kill)
         rest, _ = process.communicate(timeout=60)
         logs.append("".join(log) + rest)
