@@ -111,7 +111,7 @@ def _nearest(image, x, y):
   # 1e-4 because what is a half in exact arithmetic (0.3 * 5) may come out just below.
   x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5001), tf.int32) for c in (x, y))
   inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-  # Pixels padded to four bytes are gathered as one word each, a third faster than as three bytes.
+  # Pixels padded to four bytes are gathered as one word each, not as three bytes.
   words = tf.reshape(tf.bitcast(tf.pad(image, [[0, 0], [0, 0], [0, 1]]), tf.int32), [-1])
   words = tf.where(inside, tf.gather(words, tf.where(inside, y * W + x, 0)), EMPTY * 0x010101)
   return tf.bitcast(words, tf.uint8)[..., :3]
@@ -190,7 +190,7 @@ def arguments(magnitude, sign, center, size):
 
 @functools.cache
 def _compiled_layer(magnitude):
-  """One layer of RandAugment, compiled by XLA once per process: several times faster than TensorFlow's kernels."""
+  """One layer of RandAugment, compiled by XLA once per process, as single TensorFlow kernels are slow at this."""
 
   @tf.function(jit_compile=True)
   def layer(image, draw):

@@ -811,12 +811,14 @@ def main(_):
       saver.save(state)
     if evaluates and not stop and step < total_steps:
       results, stop = evaluate(state["params"], eval_step, evals, dtype)
-      journal.results(step, results)
-      if stop and not saves:
+      if not stop:
+        journal.results(step, results)
+      elif not saves:
         saver.save(state)
   if not stop:
     results, stop = evaluate(state["params"], eval_step, evals, dtype)
-    journal.results(step, results)
+    if not stop:  # else the results are of a part only
+      journal.results(step, results)
   saver.wait(last=True)
   if stop:
     log(f"Stopped after step {step}; the same command goes on from there.")
