@@ -221,6 +221,21 @@ class ModelTest(parameterized.TestCase):
       self.assertEqual(got.dtype, jnp.float32)
       np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
+  def test_gelu_and_its_gradient(self):
+    x = np.array([-30, -5, -1, -1e-3, 0, 0.5, 3, 30])
+    tanh_form = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))  # in float64
+    y, vjp = jax.vjp(model.gelu, jnp.float32(x))
+    np.testing.assert_allclose(y, tanh_form(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vjp(jnp.full(8, 2.0))[0], (tanh_form(x + 1e-5) - tanh_form(x - 1e-5)) / 1e-5,
+                               rtol=1e-5, atol=1e-6)
+
+  def test_softmax_and_its_gradient(self):
+    x, g = np.array([[0, np.log(2), np.log(5)], [1000, 1000, -1000]]), np.array([[1.0, 0, 0], [0, 1, 0]])
+    y, vjp = jax.vjp(model.softmax, jnp.float32(x))
+    np.testing.assert_allclose(y, [[1 / 8, 2 / 8, 5 / 8], [1 / 2, 1 / 2, 0]], rtol=1e-6)
+    # p_i (delta_ij - p_j)
+    np.testing.assert_allclose(vjp(jnp.float32(g))[0], [[7 / 64, -2 / 64, -5 / 64], [-1 / 4, 1 / 4, 0]], rtol=1e-5)
+
   def test_gradients_by_differences(self):
     params, images = random_params(), np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
     loss = lambda p: model.forward(p, images, jnp.float32)[:, 0].sum()

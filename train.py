@@ -573,7 +573,7 @@ def export_timm(weights, out):
 # --- Benchmark --------------------------------------------------------------------------------------------------------
 
 
-def benchmark(rounds=9):
+def benchmark(rounds=5):
   """Prints the speed of the update step on random data, against the best matrix product of this device."""
   dtype, B = jnp.dtype(FLAGS.dtype), FLAGS.batch_size
   table = flags_table(num_classes=1000)
