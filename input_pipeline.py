@@ -313,10 +313,11 @@ def train_batches(builder, split, batch_size, *, start_step=0, image_size=224, r
     if skip_bad_images:  # a bad row becomes a copy of the first good one
       source = tf.where(good, tf.range(len(rows)), tf.argmax(tf.cast(good, tf.int32), output_type=tf.int32))
       images, labels = tf.gather(images, source), tf.gather(labels, source)
-    images = _scale(images)
     if mixup_p:
-      images, labels = augment.mixup(images, labels, seed_for("mixup", seed, step), mixup_p)
-    return {"images": tf.cast(images, dtype)[cut], "labels": labels[cut], "bad": bad}
+      images, labels = augment.mixup(images, labels, seed_for("mixup", seed, step), mixup_p, _scale, dtype)
+    else:
+      images = tf.cast(_scale(images), dtype)
+    return {"images": images[cut], "labels": labels[cut], "bad": bad}
 
   records = shuffled_records(builder, split, seed, start_step * batch_size)
   return _batches(records, prepare, finish, rows, batch_size, start_step, skip_bad_images)
