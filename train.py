@@ -77,7 +77,7 @@ flags.DEFINE_list("eval", ["minival", "val"], "What to evaluate: minival, val, r
 flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used, rather than stop.")
 flags.DEFINE_bool("allow_changes", False, "Resume although flags of the recipe have changed.")
 flags.DEFINE_integer("grad_accum", 1, "Take the gradients of a batch in this many parts, to save memory.", 1)
-flags.DEFINE_bool("remat", False, "Recompute the blocks in the backward pass, to save memory.")
+flags.DEFINE_bool("remat", False, "Recompute the blocks in the backward pass, to save memory; not on a CPU.")
 flags.DEFINE_string("coordinator", None, "With several processes not found by themselves: host:port of process 0.")
 flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is.")
