@@ -12,13 +12,14 @@ Shapes: H height, W width (of one picture; H = W = I in training), B batch, C cl
 
 import functools
 import math
+import sys
 
 from absl import app
 from absl import flags
 import numpy as np
 import tensorflow as tf
 
-EMPTY = 128  # what an empty pixel reads: the middle of the range, near 0 for the model
+EMPTY = 128  # fill value of pixels from outside the picture: the middle of the range, near 0 for the model
 
 
 # --- Grey levels ------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def equalize(image, _=None):
     histogram = tf.math.unsorted_segment_sum(tf.ones([tf.size(x)], tf.int32), tf.reshape(x, [-1]), 256)
     step = (tf.reduce_sum(histogram) - tf.gather(histogram, tf.reduce_max(x))) // 255
     table = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
-    # Exclusive cumulative sum: the table shifted right by one, where `step // 2 // step` is the leading 0.
+    # The exclusive cumulative sum is the recipe's table shifted right by one; its first entry is step // 2 // step = 0.
     channels.append(tf.where(step == 0, x, tf.gather(tf.clip_by_value(table, 0, 255), x)))
   return tf.cast(tf.stack(channels, axis=2), tf.uint8)
 
@@ -98,18 +99,19 @@ def sharpness(image, factor):
   smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x[1:-1, 1:-1]) // 13
   inner = blend(smooth, image[1:-1, 1:-1], factor)
   middle = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)
-  return tf.concat([image[:1], middle, image[-1:]], 0)  # the filter has no answer on the border
+  return tf.concat([image[:1], middle, image[-1:]], 0)  # the filter is not defined on the border
 
 
 # --- Geometry ---------------------------------------------------------------------------------------------------------
 
 
-def _nearest(image, x, y):
-  """The pixels at the real-valued coordinates x, y [H, W], rounded to the nearest, EMPTY outside the image."""
+def _warp(image, source):
+  """out(x, y) = in(source(x, y)), to the nearest pixel, EMPTY from outside; the origin is the top-left pixel."""
   H, W, _ = image.shape
+  coordinates = source(*tf.meshgrid(tf.range(W, dtype=tf.float32), tf.range(H, dtype=tf.float32)))  # x, y [H, W] each
   # Halves round away from zero, as C does. tf.round takes them to the even side: 4 % of a sheared picture's pixels.
   # 1e-4 because what is a half in exact arithmetic (0.3 * 5) may come out just below.
-  x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5001), tf.int32) for c in (x, y))
+  x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5001), tf.int32) for c in coordinates)
   inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
   # Pixels padded to four bytes are gathered as one word each, not as three bytes.
   words = tf.reshape(tf.bitcast(tf.pad(image, [[0, 0], [0, 0], [0, 1]]), tf.int32), [-1])
@@ -117,44 +119,32 @@ def _nearest(image, x, y):
   return tf.bitcast(words, tf.uint8)[..., :3]
 
 
-def _grid(image):
-  """The coordinates x, y [H, W] of every pixel, float32, origin at the top-left one."""
-  H, W, _ = image.shape
-  return tf.meshgrid(tf.range(W, dtype=tf.float32), tf.range(H, dtype=tf.float32))
-
-
 def rotate(image, degrees):
-  """Rotates about the centre."""
-  H, W, _ = image.shape
-  x, y = _grid(image)
-  x, y = x - (W - 1) / 2, y - (H - 1) / 2
+  """Rotates about the centre ((W - 1) / 2, (H - 1) / 2)."""
+  cy, cx = ((side - 1) / 2 for side in image.shape[:2])
   radians = tf.cast(degrees, tf.float32) * (math.pi / 180)
   c, s = tf.cos(radians), tf.sin(radians)
-  return _nearest(image, c * x - s * y + (W - 1) / 2, s * x + c * y + (H - 1) / 2)
+  return _warp(image, lambda x, y: (c * (x - cx) - s * (y - cy) + cx, s * (x - cx) + c * (y - cy) + cy))
 
 
 def shear_x(image, level):
   """out(x, y) = in(x + level * y, y)."""
-  x, y = _grid(image)
-  return _nearest(image, x + level * y, y)
+  return _warp(image, lambda x, y: (x + level * y, y))
 
 
 def shear_y(image, level):
   """out(x, y) = in(x, y + level * x)."""
-  x, y = _grid(image)
-  return _nearest(image, x, y + level * x)
+  return _warp(image, lambda x, y: (x, y + level * x))
 
 
 def translate_x(image, pixels):
   """out(x, y) = in(x + pixels, y)."""
-  x, y = _grid(image)
-  return _nearest(image, x + pixels, y)
+  return _warp(image, lambda x, y: (x + pixels, y))
 
 
 def translate_y(image, pixels):
   """out(x, y) = in(x, y + pixels)."""
-  x, y = _grid(image)
-  return _nearest(image, x, y + pixels)
+  return _warp(image, lambda x, y: (x, y + pixels))
 
 
 def cutout(image, half_side, center):
@@ -173,7 +163,7 @@ OPS = (auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_ad
 def arguments(magnitude, sign, center, size):
   """What each of OPS gets at a magnitude: {op: tuple}; sign is +1 or -1, size the side of the picture in pixels."""
   factor = 1.8 * magnitude / 10 + 0.1
-  pixels = size / 224  # lengths belong to pictures of 224 pixels
+  pixels = size / 224  # lengths are given for pictures of 224 pixels
   return {
       auto_contrast: (), equalize: (), invert: (),
       rotate: (sign * (30 * magnitude / 10),),
@@ -247,8 +237,9 @@ def mixup(images, labels, seed, p=0.2, scale=tf.identity, dtype=tf.float32):
   Returns:
     images and labels, a * x + (1 - a) * roll(x, 1, axis=0).
   """
-  # a / (a + b) of two Gammas is Beta. In float32 both underflow to 0 at p = 0.2 now and then, and 0 / 0 is a NaN.
-  gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + 1e-300
+  # a / (a + b) of two Gammas is Beta. In float32 both underflow to 0 at p = 0.2 now and then, and 0 / 0 is a NaN. In
+  # float64 that takes p < 0.01, where the proportion is 1 or close to it.
+  gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
   return _compiled_mix(scale, dtype)(images, a), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
 
@@ -284,7 +275,10 @@ def _own_picture(side=224):
 def main(argv):
   image = _own_picture()
   if len(argv) > 1:
-    image = tf.io.decode_image(tf.io.read_file(argv[1]), 3, expand_animations=False)
+    try:
+      image = tf.io.decode_image(tf.io.read_file(argv[1]), 3, expand_animations=False)
+    except tf.errors.OpError as error:
+      sys.exit(f"Error: {argv[1]} is not a picture that can be read: {error.message}")
     image = tf.cast(tf.image.resize_with_crop_or_pad(image, *[min(image.shape[:2])] * 2), tf.uint8)
     image = tf.cast(tf.image.resize(image, (224, 224), antialias=True), tf.uint8).numpy()
   given = arguments(FLAGS.magnitude, 1.0, tf.constant([80, 150]), 224)
@@ -292,7 +286,7 @@ def main(argv):
   for op in OPS:
     pictures.append(tf.function(op, jit_compile=True)(tf.constant(image), *given[op]))
     captions.append(" ".join([op.__name__] + [f"{float(a):.3g}" for a in given[op][:1]]))
-  for i in range(24 - len(pictures) + 32):
+  for i in range(56 - len(pictures)):  # seven rows of eight
     pictures.append(rand_augment(tf.constant(image), (0, i), 2, FLAGS.magnitude))
     captions.append(f"rand_augment, seed {i}")
   draw_grid(FLAGS.out, pictures, captions)

@@ -2,9 +2,10 @@
 
     python input_pipeline.py --dataset=patterns [--data_dir=... --batch_size=128 --image_size=224]
 
-measures images per second of (a) JPEG decode-and-crop alone, the limit, (b) the training pipeline and (c) the
-evaluation pipeline, and draws one training batch as the model sees it. `--manual_dir=DIR` first prepares the dataset
-from the archives in DIR (for imagenet2012: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the second alone).
+prepares the dataset if it is not there yet, from the archives in `--manual_dir=DIR` (for imagenet2012:
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the second alone). Then it measures images per second of (a) JPEG
+decode-and-crop alone, the limit, (b) the training pipeline and (c) the evaluation pipeline, and draws one training batch
+as the model sees it.
 
 The order of examples and every random choice are functions of the seed and of the example's place in the endless
 stream of epochs: batch k of size B holds the examples k*B ... k*B + B - 1. Nothing else is random, so the pipeline
@@ -13,15 +14,17 @@ starts at any step without having decoded what came before, and the number of th
 Shapes: B batch, b this process's share of it, I image side, C classes.
 """
 
+import functools
 import os
 import statistics
+import sys
 import time
 
 from absl import app
 from absl import flags
 import numpy as np
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # only what goes wrong
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # spare the reader TensorFlow's start-up messages
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -51,37 +54,53 @@ class BadImage(Exception):
 # --- Records ----------------------------------------------------------------------------------------------------------
 
 
-def open_dataset(name, data_dir=None, manual_dir=None):
+def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
   """The TFDS builder of a prepared dataset, of the built-in `patterns`, or of a folder `split/class/image.jpg`.
 
   Args:
     name: a TFDS name, "patterns", or the path of a folder (with at least one "/").
     data_dir: where TFDS keeps prepared datasets; None is TFDS' own default.
-    manual_dir: prepare the dataset from the archives in this folder if it is not there yet.
+    prepare: prepare the dataset if it is not there yet; `patterns`, which is drawn in seconds, always is.
+    manual_dir: the folder with the archives that TFDS does not download itself.
 
   Raises:
     DatasetError: there is no such dataset, or it is not prepared; the message says how to get it.
   """
-  if "/" in name:
-    if not tf.io.gfile.isdir(name):
-      raise DatasetError(f"--dataset={name}: no such folder; expected {name}/SPLIT/CLASS/IMAGE.jpg")
+  if "/" in name and tf.io.gfile.isdir(name):
     builder = tfds.ImageFolder(name)
     if not builder.info.splits:
       raise DatasetError(f"--dataset={name}: no images found; expected {name}/SPLIT/CLASS/IMAGE.jpg (or .jpeg, .png)")
     return builder
   try:
     builder = Patterns(data_dir=data_dir) if name == "patterns" else tfds.builder(name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError:
-    raise DatasetError(f"--dataset={name}: TFDS has no such dataset; expected a name such as imagenet2012 or cifar10, "
-                     "patterns (the built-in demo), or the path of a folder of images") from None
-  if name == "patterns" or manual_dir:
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
+    raise DatasetError(f"--dataset={name}: no such folder, and no such dataset in TFDS; expected a name such as imagenet2012 or "
+                       "cifar10, patterns (the built-in demo), or the path of a folder with SPLIT/CLASS/IMAGE.jpg") from None
+  if prepare or name == "patterns":
+    try:
+      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+    except AssertionError as error:  # the archives are not there
+      raise DatasetError(f"--manual_dir={manual_dir}: {' '.join(str(error).split())}") from None
+    except FileExistsError:  # another process was faster
+      return open_dataset(name, data_dir)
   root = builder.data_path.parents[builder.info.full_name.count("/")]
   if not builder.info.splits:
+    archives = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     raise DatasetError(f"--dataset={name} is not prepared in {root}. Prepare it with `python input_pipeline.py "
-                     f"--dataset={name} --data_dir={root} --manual_dir=DIR`, where DIR holds its archives (imagenet2012: "
-                     "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar), or try the demo, --dataset=patterns")
+                       f"--dataset={name} --data_dir={root}{' --manual_dir=DIR' * bool(archives)}`, or try the demo, "
+                       f"--dataset=patterns. {archives}".rstrip())
+  if not isinstance(dict(builder.info.features).get("image"), tfds.features.Image):
+    raise DatasetError(f"--dataset={name} has no feature 'image'; it has {', '.join(builder.info.features)}")
   return builder
+
+
+def num_classes(builder, label="label"):
+  """The number of classes C of a label, or of a set of labels; DatasetError if it is no such feature."""
+  feature = dict(builder.info.features).get(label)
+  feature = getattr(feature, "feature", feature)  # of each label in a set
+  if not isinstance(feature, tfds.features.ClassLabel):
+    raise DatasetError(f"{builder.name} has no classes in a feature {label!r}; it has {', '.join(builder.info.features)}")
+  return feature.num_classes
 
 
 def split_size(builder, split):
@@ -108,12 +127,10 @@ def read_records(builder, split, label="label", seed=None):
   With a seed [2], the files of the dataset are read in a random order; without, in the stored one.
   """
   skip_decoding = {"image": tfds.decode.SkipDecoding()}
-  if isinstance(builder, tfds.ImageFolder):  # lists its images in a random order, the same one every time
-    ds = None
-    for name, start, stop in _ranges(builder, split):
-      part = builder.as_dataset(split=name, decoders=skip_decoding).take(stop).skip(start)
-      ds = part if ds is None else ds.concatenate(part)
-    return ds.map(lambda x: {"image": x["image"], "label": x[label], "id": x["image/filename"]})
+  if isinstance(builder, tfds.ImageFolder):  # it lists its images in a fixed random order
+    parts = [builder.as_dataset(split=name, decoders=skip_decoding).take(stop).skip(start)
+             for name, start, stop in _ranges(builder, split)]
+    return functools.reduce(lambda a, b: a.concatenate(b), parts).map(lambda x: {"image": x["image"], "label": x[label], "id": x["image/filename"]})
 
   features = {"image": builder.info.features["image"], label: builder.info.features[label]}
   features = tfds.features.FeaturesDict(features)
@@ -146,7 +163,7 @@ def shuffled_records(builder, split, seed, start=0):
   def shuffled_windows(epoch):
     windows = read_records(builder, split, seed=seed_for("files", seed, epoch)).batch(WINDOW)
     def shuffle(number, window):
-      number += epoch * (size // WINDOW + 1)
+      number += epoch * (size // WINDOW + 1)  # counted through all epochs
       order = tf.random.experimental.stateless_shuffle(
           tf.range(tf.shape(window["label"])[0]), seed_for("windows", seed, number), alg="philox")
       return {key: tf.gather(value, order) for key, value in window.items()}
@@ -160,31 +177,40 @@ def shuffled_records(builder, split, seed, start=0):
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def decode_random_crop(image_bytes, seed):
-  """The "inception crop" (Szegedy et al., arXiv 1409.4842): a random box of 5 to 100 % of the picture, uint8 [h, w, 3]."""
+def _check_size(shape):
+  """A few bytes can declare a picture larger than memory: more than 2^27 pixels are an error."""
+  tf.debugging.assert_less(tf.reduce_prod(tf.cast(shape[:2], tf.float32)), 2.0 ** 27, "image too large")
 
-  def crop(shape):
-    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.zeros([0, 0, 4]), seed, min_object_covered=0.0, aspect_ratio_range=(0.75, 1.33),
-        area_range=(0.05, 1.0), max_attempts=100, use_image_if_no_bounding_boxes=True)
-    return tf.concat([begin[:2], size[:2]], 0)
 
-  def jpeg():  # decodes only what is in the box
-    return tf.io.decode_and_crop_jpeg(image_bytes, crop(_jpeg_shape(image_bytes)), channels=3)
+def decode(image_bytes, choose_box):
+  """Encoded bytes -> uint8 [h, w, 3] of a box of the picture: of a JPEG only what is in the box is decoded.
+
+  choose_box: function(shape [height, width, channels]) -> box [y, x, h, w].
+  """
+
+  def jpeg():
+    shape = tf.io.extract_jpeg_shape(image_bytes)
+    _check_size(shape)  # decode_image below has a limit of its own
+    return tf.io.decode_and_crop_jpeg(image_bytes, choose_box(shape), channels=3)
 
   def other():
     image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
-    y, x, h, w = tf.unstack(crop(tf.shape(image)))
+    y, x, h, w = tf.unstack(choose_box(tf.shape(image)))
     return image[y:y + h, x:x + w]
 
   return tf.cond(tf.io.is_jpeg(image_bytes), jpeg, other)
 
 
-def _jpeg_shape(image_bytes):
-  """[H, W, channels]. A few bytes can declare a picture larger than memory: more than 2^27 pixels is an error."""
-  shape = tf.io.extract_jpeg_shape(image_bytes)
-  tf.debugging.assert_less(tf.reduce_prod(tf.cast(shape[:2], tf.int64)), tf.cast(2 ** 27, tf.int64), "image too large")
-  return shape
+def decode_random_crop(image_bytes, seed):
+  """The "inception crop" (Szegedy et al., arXiv 1409.4842): a random box of 5 to 100 % of the picture, uint8 [h, w, 3]."""
+
+  def choose_box(shape):
+    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape, tf.zeros([0, 0, 4]), seed, min_object_covered=0.0, aspect_ratio_range=(0.75, 1.33),
+        area_range=(0.05, 1.0), max_attempts=100, use_image_if_no_bounding_boxes=True)
+    return tf.concat([begin[:2], size[:2]], 0)
+
+  return decode(image_bytes, choose_box)
 
 
 def train_image(image_bytes, seed, index, image_size=224, randaug_layers=2, randaug_magnitude=10):
@@ -200,11 +226,11 @@ def train_image(image_bytes, seed, index, image_size=224, randaug_layers=2, rand
 
 def eval_image(image_bytes, image_size=224):
   """Encoded bytes -> uint8 [I, I, 3]: the shorter side to I * 256 / 224, central crop."""
-  with tf.control_dependencies([tf.cond(tf.io.is_jpeg(image_bytes), lambda: _jpeg_shape(image_bytes),
-                                        lambda: tf.zeros([3], tf.int32))]):
-    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+  image = decode(image_bytes, lambda shape: tf.concat([[0, 0], shape[:2]], 0))
   sides = tf.cast(tf.shape(image)[:2], tf.float32)
-  sides = tf.cast(tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides))), tf.int32)
+  sides = tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides)))
+  _check_size(sides)  # a long thin picture grows
+  sides = tf.cast(sides, tf.int32)
   image = tf.cast(tf.clip_by_value(tf.image.resize(image, sides, method="area"), 0, 255), tf.uint8)
   y, x = tf.unstack((sides - image_size) // 2)
   return tf.ensure_shape(image[y:y + image_size, x:x + image_size], (image_size, image_size, 3))
@@ -247,6 +273,7 @@ def _batches(records, prepare, finish, rows, batch_size, start_step, skip_bad_im
     return (*prepare(index, record), True)
 
   def example_or_zeros(index, record):
+    # ignore_errors on the whole stream would drop the row and shift all later ones; on a stream of one it leaves a gap.
     ds = tf.data.Dataset.from_tensors((index, record)).map(example)
     zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), ds.element_spec)
     return ds.ignore_errors().concatenate(tf.data.Dataset.from_tensors(zeros)).take(1).get_single_element()
@@ -259,9 +286,9 @@ def _batches(records, prepare, finish, rows, batch_size, start_step, skip_bad_im
     for batch in ds.as_numpy_iterator():
       yield batch
       done += 1
-  except tf.errors.DataLossError as error:
+  except (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.FailedPreconditionError) as error:
     reason = error.message.split("}} ")[-1].split(" [Op")[0]
-    raise BadImage(f"a file of the dataset is damaged ({reason}); prepare the dataset again") from None
+    raise BadImage(f"a file of the dataset is damaged or missing ({reason}); prepare the dataset again") from None
   except tf.errors.InvalidArgumentError:
     for index, record in records.skip(done * len(rows)):  # which one was it?
       try:
@@ -272,9 +299,9 @@ def _batches(records, prepare, finish, rows, batch_size, start_step, skip_bad_im
     raise
 
 
-def _scale(images):
+def scale(images):
   """uint8 [0, 255] -> float32 [-1, 1]."""
-  # x / 127.5 - 1, in the order in which 255 becomes 1 exactly even where XLA multiplies by the reciprocal.
+  # The same as x / 127.5 - 1, ordered so that 255 gives exactly 1 even where XLA multiplies by the reciprocal.
   return (tf.cast(images, tf.float32) - 127.5) / 127.5
 
 
@@ -289,8 +316,8 @@ def train_batches(builder, split, batch_size, *, start_step=0, image_size=224, r
     image_size: I, in pixels.
     dtype: of the images; the one the model multiplies in, so that no more bytes are moved than it reads.
     process_index, process_count: this process takes the rows [index * b, (index + 1) * b), b = B / process_count.
-    skip_bad_images: a record that cannot be used leaves its place to another one of the batch, so that no later step
-      depends on it.
+    skip_bad_images: a record that cannot be used is replaced by another row that this process read, so that no later step
+      changes (but these batches depend on the number of processes).
 
   Yields:
     dict of numpy arrays: images [b, I, I, 3] in [-1, 1], labels float32 [b, C], bad int32 [], the skipped records.
@@ -298,16 +325,16 @@ def train_batches(builder, split, batch_size, *, start_step=0, image_size=224, r
   Raises:
     BadImage: a record cannot be used, and skip_bad_images is False.
   """
-  num_classes = builder.info.features["label"].num_classes
+  C = num_classes(builder)
   b = batch_size // process_count
   mine = range(process_index * b, (process_index + 1) * b)
-  # Mixup needs the row before the first one, too. It comes first of the rows that are read, or last if it is row B - 1.
+  # Mixup needs the row before the first one, too: of B = 8, process 1 of 2 reads rows 3 to 7, process 0 reads 0 to 3 and 7.
   rows = {(mine[0] - 1) % batch_size, *mine}
   cut = slice(0, b) if process_index == 0 else slice(1, b + 1)
 
   def prepare(index, record):
     image = train_image(record["image"], seed, index, image_size, randaug_layers, randaug_magnitude)
-    return image, _label_set(record["label"], num_classes)
+    return image, _label_set(record["label"], C)
 
   def finish(step, images, labels, good):
     bad = tf.reduce_sum(tf.cast(~good[cut], tf.int32))
@@ -315,9 +342,9 @@ def train_batches(builder, split, batch_size, *, start_step=0, image_size=224, r
       source = tf.where(good, tf.range(len(rows)), tf.argmax(tf.cast(good, tf.int32), output_type=tf.int32))
       images, labels = tf.gather(images, source), tf.gather(labels, source)
     if mixup_p:
-      images, labels = augment.mixup(images, labels, seed_for("mixup", seed, step), mixup_p, _scale, dtype)
+      images, labels = augment.mixup(images, labels, seed_for("mixup", seed, step), mixup_p, scale, dtype)
     else:
-      images = tf.cast(_scale(images), dtype)
+      images = tf.cast(scale(images), dtype)
     return {"images": images[cut], "labels": labels[cut], "bad": bad}
 
   records = shuffled_records(builder, split, seed, start_step * batch_size)
@@ -330,7 +357,7 @@ def eval_batches(builder, split, batch_size, *, label="label", image_size=224, d
 
   Args:
     label: the feature that holds the label, or the set of right labels ("real_label").
-    Others: as in `train_batches`.
+    The rest are as in `train_batches`.
 
   Yields:
     dict of numpy arrays: images [b, I, I, 3] in [-1, 1], labels float32 [b, C], 1 for each right answer, bad int32 [].
@@ -339,15 +366,14 @@ def eval_batches(builder, split, batch_size, *, label="label", image_size=224, d
   Raises:
     BadImage: as in `train_batches`.
   """
-  feature = builder.info.features[label]
-  num_classes = getattr(feature, "feature", feature).num_classes  # also of a sequence of labels
+  C = num_classes(builder, label)
   b = batch_size // process_count
 
   def prepare(_, record):
-    return eval_image(record["image"], image_size), _label_set(record["label"], num_classes)
+    return eval_image(record["image"], image_size), _label_set(record["label"], C)
 
   def finish(_, images, labels, good):
-    return {"images": tf.cast(_scale(images), dtype), "labels": labels, "bad": tf.reduce_sum(tf.cast(~good, tf.int32))}
+    return {"images": tf.cast(scale(images), dtype), "labels": labels, "bad": tf.reduce_sum(tf.cast(~good, tf.int32))}
 
   records = read_records(builder, split, label).map(lambda x: x | {"label": tf.reshape(x["label"], [-1])})
   blank = {"image": tf.io.encode_png(tf.zeros([1, 1, 3], tf.uint8)), "label": tf.zeros([0], tf.int64), "id": "blank"}
@@ -422,9 +448,12 @@ def _draw_pattern(rng, pattern):
 
 
 def main(_):
-  builder = open_dataset(FLAGS.dataset, FLAGS.data_dir, FLAGS.manual_dir)
+  builder = open_dataset(FLAGS.dataset, FLAGS.data_dir, prepare=True, manual_dir=FLAGS.manual_dir)
+  print(f"{FLAGS.dataset} is prepared:", ", ".join(f"{name} {s.num_examples:,}" for name, s in builder.info.splits.items()))
+  if "label" not in builder.info.features:
+    return print("It has no feature 'label', so there is nothing to train on or to measure.")
   B, size = FLAGS.batch_size, FLAGS.image_size
-  split = FLAGS.split
+  split = FLAGS.split or ("train" if "train" in builder.info.splits else list(builder.info.splits)[0])
   names = builder.info.features["label"].names
 
   started = time.time()
@@ -466,11 +495,14 @@ if __name__ == "__main__":
   FLAGS = flags.FLAGS
   flags.DEFINE_string("dataset", "patterns", "TFDS name, patterns, or the path of a folder split/class/image.jpg.")
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets.")
-  flags.DEFINE_string("manual_dir", None, "Prepare the dataset from the archives in this folder first.")
-  flags.DEFINE_string("split", "train", "What to read.")
+  flags.DEFINE_string("manual_dir", None, "The folder of archives to prepare the dataset from.")
+  flags.DEFINE_string("split", None, "What to read; by default train, or what there is.")
   flags.DEFINE_integer("batch_size", 128, "Images per batch.")
   flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
   flags.DEFINE_integer("rounds", 5, "Measurements of each pipeline, in turn; the median counts.")
   flags.DEFINE_integer("batches", 10, "Batches per measurement.")
   flags.DEFINE_string("out", "batch.png", "Where the picture of a batch goes.")
-  app.run(main)
+  try:
+    app.run(main)
+  except (DatasetError, BadImage) as error:
+    sys.exit(f"Error: {error}")

@@ -10,11 +10,13 @@ number of heads are the shapes of kernels. Every ablation of the model is theref
 prints that table, the number of parameters and the cost of one image.
 
 Shapes: B batch, I image side, P patch side, L tokens, D width, N heads, H head dim (D = N*H), M MLP width, C classes.
+In einsums they are lower case; q and k are L of the queries and of the keys, e is another D.
 """
 
 import functools
 import math
 import re
+import sys
 import zlib
 
 from absl import app
@@ -130,30 +132,35 @@ def unflatten(flat):
 # --- The model --------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product(spec, dtype, x, w):
-  """`einsum(spec, x, w)` with inputs rounded to `dtype`, accumulated and returned in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(spec, x, w, dtype):
+  """`jnp.einsum(spec, x, w)` with inputs rounded to `dtype`, accumulated and returned in float32.
 
-  This is what a TPU does to float32 arrays at its default precision, here on every device. It has its own derivative
-  because autodiff would multiply the float32 gradient of the output as it is, at a fraction of the bfloat16 rate: the
-  two products of the backward pass are taken the same way as the forward one.
+  This is what a TPU does to float32 arrays at its default precision, here on every device. Its derivative is its own
+  because autodiff would feed the float32 cotangent, unrounded, into the two products of the backward pass: exact, and
+  at a fraction of the bfloat16 rate.
   """
   return jnp.einsum(spec, x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def _product_forward(spec, dtype, x, w):
-  x = x.astype(dtype)  # what is kept for the backward pass is the rounded copy
-  return product(spec, dtype, x, w), (x, w)
+def _einsum_forward(spec, x, w, dtype):
+  x = x.astype(dtype)  # the backward pass reads the rounded copy
+  return einsum(spec, x, w, dtype), (x, w)
 
 
-def _product_backward(spec, dtype, kept, gradient):
-  x, w = kept
+def _einsum_backward(spec, dtype, residuals, cotangent):
+  x, w = residuals
   inputs, out = spec.split("->")
   left, right = inputs.split(",")
-  return product(f"{out},{right}->{left}", dtype, gradient, w), product(f"{left},{out}->{right}", dtype, x, gradient)
+  return einsum(f"{out},{right}->{left}", cotangent, w, dtype), einsum(f"{left},{out}->{right}", x, cotangent, dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def dense(spec, p, x, dtype):
+  """The affine map `einsum(spec, x, kernel) + bias`."""
+  return einsum(spec, x, p["kernel"], dtype) + p["bias"]
 
 
 @jax.custom_vjp
@@ -176,13 +183,13 @@ def _layer_norm_forward(p, x):
   return layer_norm(p, x), (p["scale"], x)
 
 
-def _layer_norm_backward(kept, gradient):
-  scale, x = kept
+def _layer_norm_backward(residuals, cotangent):
+  scale, x = residuals
   normalised, rstd = _normalise(x)
-  g = gradient * scale
+  g = cotangent * scale
   along = normalised * (g * normalised).mean(-1, keepdims=True)  # what a change of scale or shift undoes is projected out
   dx = rstd * (g - g.mean(-1, keepdims=True) - along)
-  return {"scale": (gradient * normalised).sum((0, 1)), "bias": gradient.sum((0, 1))}, dx
+  return {"scale": (cotangent * normalised).sum((0, 1)), "bias": cotangent.sum((0, 1))}, dx
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -202,9 +209,9 @@ def _gelu_u(x):
   return math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
 
 
-def _gelu_backward(x, gradient):
+def _gelu_backward(x, cotangent):
   t = jnp.tanh(_gelu_u(x))
-  return (gradient / 2 * (1 + t + x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)),)
+  return (cotangent / 2 * (1 + t + x * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
@@ -221,8 +228,8 @@ def _softmax_forward(x):
   return probs, probs
 
 
-def _softmax_backward(probs, gradient):
-  return (probs * (gradient - (probs * gradient).sum(-1, keepdims=True)),)
+def _softmax_backward(probs, cotangent):
+  return (probs * (cotangent - (probs * cotangent).sum(-1, keepdims=True)),)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -241,7 +248,8 @@ def embed(params, images, dtype):
   B, h, w = images.shape[0], images.shape[1] // P, images.shape[2] // P
   # A convolution of stride P is one matrix product over patches.
   patches = images.reshape(B, h, P, w, P, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B, h * w, P * P * 3)
-  x = product("blp,pd->bld", dtype, patches, params["embedding"]["kernel"].reshape(-1, D)) + params["embedding"]["bias"]
+  p = params["embedding"]
+  x = dense("blp,pd->bld", {"kernel": p["kernel"].reshape(P * P * 3, D), "bias": p["bias"]}, patches, dtype)
   x += params["pos_embedding"] if "pos_embedding" in params else sincos2d(h, w, D)
   if "cls" in params:  # prepended after the position embedding is added: [cls] has no position
     x = jnp.concatenate([jnp.broadcast_to(params["cls"], (B, 1, D)), x], 1)
@@ -249,42 +257,44 @@ def embed(params, images, dtype):
 
 
 def queries_keys_values(p, x, dtype):
-  """The three projections of normalised tokens [B, L, D] -> [B, N, L, H] each."""
-  return [(product("bld,dnh->blnh", dtype, x, p[name]["kernel"]) + p[name]["bias"]).swapaxes(1, 2)
-          for name in ("query", "key", "value")]
+  """The three projections of normalised tokens [B, L, D] -> [B, N, L, H] each, as one product, which is faster."""
+  D, N, H = p["query"]["kernel"].shape
+  names = ("query", "key", "value")
+  joined = {"kernel": jnp.concatenate([p[name]["kernel"].reshape(D, D) for name in names], 1),  # [D, 3*D]
+            "bias": jnp.concatenate([p[name]["bias"].reshape(D) for name in names])}
+  return [y.reshape(*x.shape[:2], N, H).swapaxes(1, 2) for y in jnp.split(dense("bld,de->ble", joined, x, dtype), 3, -1)]
 
 
 def attention_probs(q, k, dtype):
-  """softmax(q k / sqrt(H)) for q, k [B, N, L, H] -> [B, N, L, L] float32."""
-  return softmax(product("bnqh,bnkh->bnqk", dtype, q, k) / math.sqrt(q.shape[-1]))
+  """softmax(q k^T / sqrt(H)) for q, k [B, N, L, H] -> [B, N, L, L] float32."""
+  return softmax(einsum("bnqh,bnkh->bnqk", q, k, dtype) / math.sqrt(q.shape[-1]))
 
 
 def attention(q, k, v, dtype):
   """Multi-head self-attention, q, k, v [B, N, L, H] -> [B, L, N, H] float32."""
-  if jax.default_backend() == "gpu" and dtype == jnp.bfloat16:  # cuDNN's never stores the [L, L] matrices
+  # cuDNN's attention never stores the [L, L] matrices. Its derivative takes an even L only, which a [cls] token makes odd.
+  if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and q.shape[2] % 2 == 0:
     q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32)
-  return product("bnqk,bnkh->bnqh", dtype, attention_probs(q, k, dtype), v).swapaxes(1, 2)
+  return einsum("bnqk,bnkh->bnqh", attention_probs(q, k, dtype), v, dtype).swapaxes(1, 2)
 
 
 def block(p, x, dtype):
-  """One pre-LN encoder block, [B, L, D] -> [B, L, D]. The residual stream stays float32; products are in `dtype`."""
-  attend, mlp = p["MultiHeadDotProductAttention_0"], p["MlpBlock_0"]
-  y = attention(*queries_keys_values(attend, layer_norm(p["LayerNorm_0"], x), dtype), dtype)
-  x += product("blnh,nhd->bld", dtype, y, attend["out"]["kernel"]) + attend["out"]["bias"]
-  y = product("bld,dm->blm", dtype, layer_norm(p["LayerNorm_1"], x), mlp["Dense_0"]["kernel"]) + mlp["Dense_0"]["bias"]
-  return x + product("blm,md->bld", dtype, gelu(y), mlp["Dense_1"]["kernel"]) + mlp["Dense_1"]["bias"]
+  """One pre-LN encoder block, [B, L, D] -> [B, L, D]. The residual stream stays float32."""
+  attn, mlp = p["MultiHeadDotProductAttention_0"], p["MlpBlock_0"]
+  y = attention(*queries_keys_values(attn, layer_norm(p["LayerNorm_0"], x), dtype), dtype)
+  x += dense("blnh,nhd->bld", attn["out"], y, dtype)
+  y = gelu(dense("bld,dm->blm", mlp["Dense_0"], layer_norm(p["LayerNorm_1"], x), dtype))
+  return x + dense("blm,md->bld", mlp["Dense_1"], y, dtype)
 
 
 def classify(params, x, dtype):
-  """Tokens [B, L, D] -> logits [B, C] float32: final LayerNorm on all tokens, pooling, head."""
+  """Tokens [B, L, D] -> logits [B, C] float32: final LayerNorm on all tokens, then pooling, then the head."""
   x = layer_norm(params["Transformer"]["encoder_norm"], x)
-  x = x[:, 0] if "cls" in params else x.mean(1)
-  for name in ("pre_logits", "head"):
-    if name in params:
-      x = product("bd,dc->bc", dtype, x, params[name]["kernel"]) + params[name]["bias"]
-      x = jnp.tanh(x) if name == "pre_logits" else x
-  return x
+  x = x[:, 0] if "cls" in params else x.mean(1)  # [B, D]
+  if "pre_logits" in params:
+    x = jnp.tanh(dense("bd,de->be", params["pre_logits"], x, dtype))
+  return dense("bd,dc->bc", params["head"], x, dtype)
 
 
 def forward(params, images, dtype=jnp.bfloat16, remat=False):
@@ -323,13 +333,14 @@ def attention_map(params, images, dtype=jnp.float32):
   return weights.reshape(len(images), images.shape[1] // P, -1)
 
 
-def flops(shapes, image_size):
+def flops(table, image_size):
   """Floating-point operations of the matrix products in the forward pass of one image, a multiply-add as two.
 
   Args:
-    shapes: {name: shape} of every parameter.
+    table: a `parameter_table`.
     image_size: I, in pixels.
   """
+  shapes = {name: shape for name, (shape, _) in table.items()}
   P, _, _, D = shapes["embedding/kernel"]
   patches = (image_size // P) ** 2
   L = patches + ("cls" in shapes)
@@ -342,12 +353,14 @@ def flops(shapes, image_size):
 
 def main(_):
   names = ("variant", "image_size", "posemb", "pool", "head", "num_classes")
-  table = parameter_table(*(FLAGS[name].value for name in names))
-  shapes = {name: shape for name, (shape, _) in table.items()}
+  try:
+    table = parameter_table(*(FLAGS[name].value for name in names))
+  except ValueError as error:
+    sys.exit(f"Error: --{error}")
   for name, array in flatten(init_params(0, table)).items():
-    print(f"{name:76} {str(shapes[name]):19} {array.size:10,}  mean {array.mean():9.2e}  std {array.std():8.2e}")
-  print(f"{sum(map(math.prod, shapes.values())):,} parameters. One {FLAGS.image_size} x {FLAGS.image_size} image: "
-        f"{flops(shapes, FLAGS.image_size) / 1e9:.2f} GFLOP forward, three times that in training.")
+    print(f"{name:76} {str(array.shape):19} {array.size:10,}  mean {array.mean():9.2e}  std {array.std():8.2e}")
+  print(f"{sum(math.prod(shape) for shape, _ in table.values()):,} parameters. One {FLAGS.image_size} x {FLAGS.image_size} "
+        f"image: {flops(table, FLAGS.image_size) / 1e9:.2f} GFLOP forward, three times that in training.")
 
 
 if __name__ == "__main__":

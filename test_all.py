@@ -1,6 +1,7 @@
 """Tests of everything, against values derived by hand or in float64 numpy: `python test_all.py [TestCase[.test]]`."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -42,6 +43,7 @@ import model
 import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+folder = tempfile.TemporaryDirectory
 TINY = dict(variant="mu/8", image_size=16, num_classes=3)
 
 
@@ -59,8 +61,11 @@ def random_params(seed=0, **kwargs):
 # --- model.py ---------------------------------------------------------------------------------------------------------
 
 
-def numpy_forward(p, images):
-  """The ViT in float64, written from the report with loops over pictures, patches and heads: images [B, I, I, 3]."""
+def numpy_forward(p, images, attention_probs=None):
+  """The ViT in float64, written from the report with loops over pictures, patches and heads: images [B, I, I, 3].
+
+  The attention of every head, [L, L] each, is appended to the list `attention_probs`.
+  """
   f = {name: np.asarray(array, np.float64) for name, array in model.flatten(p).items()}
 
   def norm(name, x):
@@ -93,7 +98,10 @@ def numpy_forward(p, images):
       y, out = norm(f"{block}/LayerNorm_0", x), 0
       for n in range(f[f"{attention}/query/bias"].shape[0]):
         q, k, v = (y @ f[f"{attention}/{s}/kernel"][:, n] + f[f"{attention}/{s}/bias"][n] for s in ("query", "key", "value"))
-        out = out + softmax(q @ k.T / np.sqrt(q.shape[1])) @ v @ f[f"{attention}/out/kernel"][n]
+        probs = softmax(q @ k.T / np.sqrt(q.shape[1]))
+        out = out + probs @ v @ f[f"{attention}/out/kernel"][n]
+        if attention_probs is not None:
+          attention_probs.append(probs)
       x = x + out + f[f"{attention}/out/bias"]
       y = norm(f"{block}/LayerNorm_1", x) @ f[f"{block}/MlpBlock_0/Dense_0/kernel"] + f[f"{block}/MlpBlock_0/Dense_0/bias"]
       y = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y ** 3)))
@@ -211,10 +219,10 @@ class ModelTest(parameterized.TestCase):
     np.testing.assert_allclose(model.forward(params, images, jnp.float32), numpy_forward(params, images), rtol=1e-3, atol=1e-3)
 
   @parameterized.parameters(jnp.float32, jnp.bfloat16)
-  def test_product_and_its_gradient(self, dtype):
+  def test_einsum_and_its_gradient(self, dtype):
     rng = np.random.default_rng(0)
     x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 7), (7, 3, 4), (2, 5, 3, 4)))
-    out, pull = jax.vjp(lambda x, w: model.product("bld,dnh->blnh", dtype, x, w), x, w)
+    out, pull = jax.vjp(lambda x, w: model.einsum("bld,dnh->blnh", x, w, dtype), x, w)
     x64, w64, g64 = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, w, g))  # rounded inputs, exact products
     for got, expected in zip((out, *pull(g)), (np.einsum("bld,dnh->blnh", x64, w64), np.einsum("blnh,dnh->bld", g64, w64),
                                                np.einsum("bld,blnh->dnh", x64, g64))):
@@ -250,21 +258,33 @@ class ModelTest(parameterized.TestCase):
       slope = (moved(1e-4) - moved(-1e-4)) / 2e-4
       self.assertAlmostEqual(slope, float((grads[name] * direction).sum()), delta=1e-3 * (1 + abs(slope)), msg=name)
 
-  def test_attention_map(self):
-    images = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3))
-    heat = model.attention_map(random_params(), images)
-    self.assertEqual(heat.shape, (2, 2, 2))
-    np.testing.assert_allclose(heat.sum((1, 2)), 1, rtol=1e-5)
-    params = random_params(pool="cls")  # a block that sees only which token is last: all attend to it
-    attention = params["Transformer"]["encoderblock_0"]["MultiHeadDotProductAttention_0"]
-    for kind in ("query", "key"):
-      attention[kind] = {"kernel": 0 * attention[kind]["kernel"], "bias": 0 * attention[kind]["bias"]}
-    np.testing.assert_allclose(model.attention_map(params, images), 1 / 5, rtol=1e-5)  # alike, 4 patches and [cls]
+  @parameterized.parameters("gap", "cls")
+  def test_attention_map(self, pool):
+    params, images, probs = random_params(pool=pool), np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)), []
+    numpy_forward(params, images, probs)  # one block of two heads
+    probs = np.mean(np.reshape(probs, (2, 2, *probs[0].shape)), 1)  # [B, queries, keys]
+    expected = probs[:, 0, 1:] if pool == "cls" else probs.mean(1)
+    np.testing.assert_allclose(model.attention_map(params, images), expected.reshape(2, 2, 2), rtol=1e-4)
 
   def test_flops_by_hand(self):
     # mu/8 at 16: 4 tokens; patches 192*32, q k v out 4*32*32, MLP 2*32*128, attention 2*4*4*32; pooled: 32*32 and 32*3.
     expected = 2 * (4 * 192 * 32 + 4 * 4 * 32 * 32 + 4 * 2 * 32 * 128 + 2 * 4 * 4 * 32 + 32 * 32 + 32 * 3)
-    self.assertEqual(model.flops(shapes_of(model.parameter_table(**TINY)), 16), expected)
+    self.assertEqual(model.flops(model.parameter_table(**TINY), 16), expected)
+
+  def test_fused_attention_of_a_gpu_is_wired_alike(self):
+    """With XLA's attention in place of cuDNN's; an odd number of tokens must take the plain way."""
+    fused = jax.nn.dot_product_attention
+    used = []
+    def stand_in(q, k, v, implementation):
+      used.append((q.shape[1], implementation))
+      return fused(q, k, v)
+    images = np.random.default_rng(1).uniform(-1, 1, (3, 16, 16, 3))
+    for pool in ("gap", "cls"):
+      params = random_params(pool=pool)
+      plain = model.forward(params, images)
+      with mock.patch.object(jax, "default_backend", lambda: "gpu"), mock.patch.object(jax.nn, "dot_product_attention", stand_in):
+        np.testing.assert_allclose(model.forward(params, images), plain, atol=0.03)
+    self.assertEqual(used, [(4, "cudnn")])
 
   @parameterized.parameters(
       (dict(variant="XL/16"), "XL/16.*expected one of.*mu"), (dict(variant="S"), "such as S/16"), (dict(variant="S/0"), "such as S/16"),
@@ -300,6 +320,39 @@ class MethodTest(parameterized.TestCase):
                          (total - 1, last), (total, 0)):
       self.assertAlmostEqual(float(schedule(step)), factor, delta=2e-7 if step != total - 1 else 1e-9)
     self.assertEqual(float(train.make_schedule(0, 10)(0)), 1)
+
+  def test_the_defaults_are_the_paper(self):
+    expected = dict(epochs=90, batch_size=1024, dataset="imagenet2012", train_split="train[:99%]", variant="S/16", image_size=224,
+                    posemb="sincos2d", pool="gap", head="mlp", randaug_layers=2, randaug_magnitude=10, mixup=0.2, lr=1e-3,
+                    weight_decay=1e-4, warmup_steps=10_000, grad_clip_norm=1, dtype="bfloat16", seed=0, init=None, grad_accum=1)
+    self.assertEqual({name: flags.FLAGS[name].default for name in train.RECIPE}, expected)
+    self.assertEqual(train.EVALS, {
+        "minival": (None, "train[99%:]", "label"), "val": (None, "validation", "label"),
+        "real": ("imagenet2012_real", "validation", "real_label"), "v2": ("imagenet_v2", "test", "label")})
+
+  def test_the_flags_reach_what_they_are_for(self):
+    class Reached(Exception):
+      pass
+    with folder() as root, flagsaver.flagsaver(), mock.patch.object(input_pipeline, "open_dataset", lambda *_: NUMBERS), \
+        mock.patch.object(train, "make_schedule") as make_schedule, mock.patch.object(train, "make_optimizer") as make_optimizer, \
+        mock.patch.object(train, "restore_checkpoint", lambda _, state, *__: state), \
+        mock.patch.object(train, "make_update") as make_update, mock.patch.object(model, "init_params") as init_params, \
+        mock.patch.object(input_pipeline, "train_batches", side_effect=Reached) as train_batches:
+      init_params.return_value = {"kernel": np.zeros(1)}
+      make_optimizer.return_value.init.return_value = {}
+      flags.FLAGS(["train.py", "--train_split=train[:80%]", "--batch_size=8", "--epochs=7", "--warmup_steps=5", "--lr=0.5",
+                   "--weight_decay=0.25", "--grad_clip_norm=3", "--randaug_layers=1", "--randaug_magnitude=4", "--mixup=0.3",
+                   "--variant=mu/8", "--image_size=24", "--seed=6", "--dtype=float32", "--grad_accum=1", "--remat", "--eval=train",
+                   f"--workdir={root}", "--skip_bad_images"])
+      with self.assertRaises(Reached):
+        train.main([])
+    make_schedule.assert_called_once_with(5, 35)
+    make_optimizer.assert_called_once_with(make_schedule.return_value, 0.5, 0.25, 3)
+    make_update.assert_called_once_with(make_optimizer.return_value, jnp.float32, 1, True)
+    self.assertEqual(init_params.call_args.args[0], 6)
+    train_batches.assert_called_once_with(
+        NUMBERS, "train[:80%]", 8, start_step=0, image_size=24, randaug_layers=1, randaug_magnitude=4, mixup_p=0.3,
+        dtype=jnp.float32, seed=6, process_index=0, process_count=1, skip_bad_images=True)
 
   def test_three_updates_against_float64(self):
     rng = np.random.default_rng(0)
@@ -573,16 +626,20 @@ class AugmentTest(parameterized.TestCase):
     self.assertEqual(augment.arguments(5, 1.0, (3, 4), 224)[augment.solarize][0], 128)
 
   def test_rand_augment_draws_every_op_sign_and_center_uniformly(self):
-    ops = tuple((lambda image, sign, center, i=i: tf.cast(tf.fill([1, 1, 3], 0) + tf.cast(tf.stack(
-        [i, tf.cast(sign, tf.int32) + 1, center[0]]), tf.int32), tf.uint8)) for i in range(16))
+    def op(image, sign, center, number):
+      drawn = [number, tf.cast(sign, tf.int32) + 1, center[0] * 8 + center[1]]
+      return tf.cast(tf.broadcast_to(tf.stack(drawn), image.shape), tf.uint8)
+    ops = tuple(functools.partial(op, number=i) for i in range(16))
     with mock.patch.object(augment, "OPS", ops), mock.patch.object(
         augment, "arguments", lambda magnitude, sign, center, size: {op: (sign, center) for op in ops}):
-      image = tf.zeros([1, 1, 3], tf.uint8)
       def draw(i):
-        return tf.squeeze(augment._compiled_layer.__wrapped__(77)(image, tf.random.stateless_uniform([4], [0, i], alg="philox")))
+        return augment._compiled_layer.__wrapped__(77)(
+            tf.zeros([4, 8, 3], tf.uint8), tf.random.stateless_uniform([4], [0, i], alg="philox"))[0, 0]
       draws = np.array(list(tf.data.Dataset.range(4800).map(draw).as_numpy_iterator()))
-    counts = np.bincount(draws[:, 0], minlength=16)
-    self.assertLess(((counts - 300) ** 2 / 300).sum(), 45)  # chi square of 15 degrees: p < 1e-4
+    for column, choices in ((0, 16), (2, 4 * 8)):  # the operation, the centre
+      counts, mean = np.bincount(draws[:, column], minlength=choices), 4800 / choices
+      self.assertLen(counts, choices)
+      self.assertLess(((counts - mean) ** 2 / mean).sum(), {16: 45, 32: 70}[choices])  # chi square: p < 1e-4
     self.assertAlmostEqual((draws[:, 1] == 2).mean(), 0.5, delta=0.04)
 
   def test_rand_augment_applies_layers_to_the_given_magnitude(self):
@@ -613,10 +670,12 @@ class AugmentTest(parameterized.TestCase):
     beta = np.random.default_rng(0).beta(0.2, 0.2, 100_000)
     for q in (0.1, 0.3, 0.5, 0.7):
       self.assertAlmostEqual(np.quantile(a, q), np.quantile(np.maximum(beta, 1 - beta), q), delta=0.01)
+    # Of two draws that both underflow even in float64, one is 1e+300 times the other all the same.
+    self.assertGreater(min(float(augment.mixup(tf.zeros([2, 1]), tf.eye(2), (7, i), 1e-4)[1][0, 0]) for i in range(20)), 0.99)
 
   def test_contact_sheet(self):
-    with tempfile.TemporaryDirectory() as folder:
-      path = os.path.join(folder, "sheet.png")
+    with folder() as root:
+      path = os.path.join(root, "sheet.png")
       augment.draw_grid(path, [np.full((20, 100, 3), 9, np.uint8)] * 3, ["one", "two", "three"], columns=2)
       sheet = tf.io.decode_png(tf.io.read_file(path)).numpy()
     self.assertEqual(sheet.shape, (2 * 38, 2 * 104, 3))
@@ -828,7 +887,7 @@ class InputTest(parameterized.TestCase):
     np.testing.assert_array_equal(batch["labels"], expected)
 
   def test_folder_of_any_pictures(self):
-    with tempfile.TemporaryDirectory() as root:
+    with folder() as root:
       name = write_folder(root, {
           "train/cat/a.jpg": picture(color=(200, 0, 0)), "train/cat/b.png": picture(mode="L", kind="PNG", color=100),
           "train/dog/c.png": picture(mode="RGBA", kind="PNG", color=(0, 200, 0, 50)),
@@ -861,7 +920,7 @@ class InputTest(parameterized.TestCase):
 
   @parameterized.parameters(*BAD)
   def test_bad_images(self, kind):
-    with tempfile.TemporaryDirectory() as root:
+    with folder() as root:
       good = {f"train/c{i % 2}/{i}.jpg": picture(color=(40 * i, 0, 0)) for i in range(5)}
       bad = f"train/c0/{kind.split('.')[0]}.{kind.split('.')[-1] if '.' in kind else 'jpg'}"
       builder = input_pipeline.open_dataset(write_folder(root, good | {bad: self.BAD[kind]}))
@@ -879,13 +938,24 @@ class InputTest(parameterized.TestCase):
       batches = list(input_pipeline.eval_batches(builder, "train", 4, skip_bad_images=True, **kwargs))
       self.assertEqual((sum(batch["bad"] for batch in batches), sum(batch["labels"].sum() for batch in batches)), (1, 5))
 
+  def test_a_long_thin_picture_is_not_blown_up(self):
+    with self.assertRaisesRegex(tf.errors.InvalidArgumentError, "image too large"):  # 256 x 15,360,000 pixels
+      input_pipeline.eval_image(tf.io.encode_png(np.zeros((1, 60_000, 3), np.uint8)))
+
+  def test_a_file_that_is_missing(self):
+    with folder() as root:
+      builder = input_pipeline.open_dataset(write_folder(root, {"train/c/1.png": picture(kind="PNG"), "train/c/2.png": b""}))
+      os.remove(f"{root}/train/c/2.png")
+      with self.assertRaisesRegex(input_pipeline.BadImage, "damaged or missing.*2.png"):
+        list(input_pipeline.eval_batches(builder, "train", 2, image_size=16))
+
   def test_label_out_of_range(self):
     for label in (3, -1):
       with self.assertRaisesRegex(tf.errors.InvalidArgumentError, "label out of range"):
         input_pipeline._label_set(tf.constant(label, tf.int64), 3)
 
   def test_damaged_file(self):
-    with tempfile.TemporaryDirectory() as root:
+    with folder() as root:
       builder = Numbers(data_dir=root)
       builder.download_and_prepare()
       path, = builder.data_path.glob("*train*")
@@ -896,12 +966,17 @@ class InputTest(parameterized.TestCase):
         take(input_pipeline.train_batches(builder, "train", 10, image_size=16), 5)
 
   def test_dataset_errors(self):
-    with tempfile.TemporaryDirectory() as root:
-      for name, message in (("imagenet2012", "not prepared in .*--manual_dir.*ILSVRC2012_img_train.tar.*--dataset=patterns"),
-                            ("imagenette3", "no such dataset.*patterns"), ("./nowhere", "no such folder"),
+    with folder() as root:
+      for name, message in (("imagenet2012", "not prepared in .*--manual_dir.*--dataset=patterns.*ILSVRC2012_img_train.tar"),
+                            ("imagenette3", "no such dataset.*patterns"), ("./nowhere", "no such folder"), ("", "no such dataset"),
+                            ("a b", "no such dataset"), ("cifar10:9.9.9", "no such dataset"),
+                            ("glue/cola", "not prepared in .*--dataset=glue/cola"),
                             (root + "/", "no images")):
         with self.assertRaisesRegex(ValueError, message):
           input_pipeline.open_dataset(name, root)
+    with self.assertRaisesRegex(ValueError, "no classes in a feature 'name'; it has image, label, many"):
+      input_pipeline.num_classes(NUMBERS, "name")
+    self.assertEqual(input_pipeline.num_classes(NUMBERS, "many"), 3)
 
   def test_patterns(self):
     """Ten classes in equal parts, of many shapes; no class but the noise is ever without its two colours."""
@@ -926,17 +1001,11 @@ def npz_bytes(**arrays):
   return out.getvalue()
 
 
-@contextlib.contextmanager
-def folder():
-  with tempfile.TemporaryDirectory() as path:
-    yield path
-
-
-def noise_folder(root, sizes=(("train", 40), ("validation", 13))):
+def noise_folder(root):
   """A folder dataset of noise in three classes; the class is the mean colour, so that it can be learnt."""
   rng = np.random.default_rng(0)
   files = {}
-  for split, count in sizes:
+  for split, count in (("train", 40), ("validation", 13)):
     for i in range(count):
       image = rng.integers(0, 120, (30 + i, 40, 3))
       image[..., i % 3] += 100
@@ -972,7 +1041,7 @@ def losses(log):
 
 def last_arrays(workdir):
   _, path = train.checkpoints(workdir)[-1]
-  return {name: read() for name, (_, _, read) in train.open_npz(path).items()}
+  return train.read_npz(path)
 
 
 class CheckpointTest(parameterized.TestCase):
@@ -1015,6 +1084,16 @@ class CheckpointTest(parameterized.TestCase):
       for step in range(1, 9):
         self.save(workdir, step, keep_every=3)
       self.assertEqual([step for step, _ in train.checkpoints(workdir)], [3, 6, 7, 8])
+      self.save(workdir, 2)  # with later ones that are damaged, say
+      self.assertEqual([step for step, _ in train.checkpoints(workdir)], [2, 7, 8])
+
+  def test_a_workdir_that_looks_like_a_pattern(self):
+    with folder() as root:
+      workdir = f"{root}/run[1]*"
+      os.makedirs(workdir)
+      self.save(workdir, 5)
+      open(f"{workdir}/checkpoint_old.npz", "w").close()
+      self.assertEqual([step for step, _ in train.checkpoints(workdir)], [5])
 
   @parameterized.parameters("cut", "empty", "text", "flipped bit", "foreign", "pickle")
   def test_damaged_file_is_named_and_the_one_before_used(self, damage):
@@ -1026,14 +1105,14 @@ class CheckpointTest(parameterized.TestCase):
         data = bytearray(f.read())
       data[len(data) // 2] ^= 1
       content = {"cut": bytes(data[:-100]), "empty": b"", "text": b"hello", "flipped bit": bytes(data),
-                 "foreign": npz_bytes(weights=np.zeros(3)), "pickle": npz_bytes(step=np.array([{}], object))}[damage]
+                 "foreign": npz_bytes(step=np.array(2), flags=np.array("none")), "pickle": npz_bytes(step=np.array([{}], object))}[damage]
       with open(path, "wb") as f:
         f.write(content)
       state, said = self.restore(workdir)
       self.assertEqual(int(state["step"]), 1)
-      self.assertRegex(said, f"{path}.*Trying the one before.\n.*Resuming after step 1")
+      self.assertRegex(said, f"{path}.*Trying the previous one.\n.*Resuming after step 1")
       os.remove(train.checkpoints(workdir)[0][1])
-      with self.assertRaisesRegex(train.UserError, f"{path}.*No checkpoint in {workdir} can be read; remove"):
+      with self.assertRaisesRegex(train.UserError, f"No checkpoint in {workdir} can be read; remove"):
         self.restore(workdir)
 
   def test_a_crash_at_any_byte_leaves_the_last_good_one(self):
@@ -1045,6 +1124,7 @@ class CheckpointTest(parameterized.TestCase):
           with self.assertRaises(OSError):
             self.save(workdir, 2)
         self.assertEqual(int(self.restore(workdir)[0]["step"]), 1)
+        self.assertEqual(os.listdir(workdir), ["checkpoint_00000001.npz"])  # what was half written takes no place
       with mock.patch.object(tf.io.gfile, "rename", side_effect=OSError("power cut")), self.assertRaises(OSError):
         self.save(workdir, 2)
       self.assertEqual(int(self.restore(workdir)[0]["step"]), 1)
@@ -1053,13 +1133,13 @@ class CheckpointTest(parameterized.TestCase):
 
   def test_a_full_disk_is_said_and_training_goes_on(self):
     with folder() as workdir, flagsaver.flagsaver(workdir=workdir), contextlib.redirect_stdout(io.StringIO()) as out:
-      saver = train.Saver({"flags": np.array(json.dumps({"lr": 1}))})
+      saver = train.AsyncCheckpointer({"flags": np.array(json.dumps({"lr": 1}))})
       saver.save(self.state(1))
       with mock.patch.object(np, "savez", side_effect=OSError(28, "No space left on device")):
         saver.save(self.state(2))
         saver.wait()
         self.assertIn("No space left on device", out.getvalue())
-        self.assertIn("the one before is kept", out.getvalue())
+        self.assertIn("the previous one is kept", out.getvalue())
         saver.save(self.state(3))
         with self.assertRaisesRegex(train.UserError, "No space left"):
           saver.wait(last=True)
@@ -1068,12 +1148,15 @@ class CheckpointTest(parameterized.TestCase):
   def test_another_recipe_is_refused_with_the_difference(self):
     with folder() as workdir:
       self.save(workdir, 1, {"lr": 1, "seed": 5})
-      with self.assertRaisesRegex(SystemExit, r"--lr=1 \(now 2\).*--allow_changes"):
+      with self.assertRaisesRegex(train.UserError, r"--lr=1 \(now 2\).*--allow_changes"):
         self.restore(workdir, {"lr": 2, "seed": 5})
       state, _ = self.restore(workdir, {"lr": 2, "seed": 5}, allow_changes=True)
       self.assertEqual(int(state["step"]), 1)
+      state["params"]["head"]["bias"] = np.zeros(4, np.float32)
+      with self.assertRaisesRegex(train.UserError, "does not fit the model: params/head/bias missing or of another shape"):
+        train.restore_checkpoint(workdir, state, {"lr": 1, "seed": 5})
 
-  @parameterized.parameters("object", "absurd shape", "absurd size", "bomb", "not numpy")
+  @parameterized.parameters("object", "absurd shape", "absurd size", "bomb", "not numpy", "no header")
   def test_hostile_files_cost_nothing(self, kind):
     def npy(header, data=b""):
       header = header.encode().ljust(117) + b"\n"
@@ -1082,14 +1165,14 @@ class CheckpointTest(parameterized.TestCase):
         "object": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"cos\nsystem\n(S'false'\ntR."),
         "absurd shape": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 9999)}"),
         "absurd size": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", bytes(9)),
-        "bomb": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (134217728,)}", bytes(2 ** 29)), "not numpy": b"x" * 200}[kind]
+        "bomb": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (134217728,)}", bytes(2 ** 29)), "not numpy": b"x" * 200,
+        "no header": npy("{'descr': '<f4', 'fortran_order'")}[kind]
     with folder() as root:
       path = os.path.join(root, "weights.npz")
       with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("params/head/kernel.npy", content)
       del content
-      with self.assertRaises(train.UserError):
-        train.Weights(path)
+      self.assertRegex(run(f"--init={path}", "--eval_only"), f"exit: Error: .*{path}")
 
   FLAVOURS = {
       "bare": lambda name, x: (name, x),
@@ -1117,10 +1200,11 @@ class CheckpointTest(parameterized.TestCase):
       path = os.path.join(root, "weights.npz")
       np.savez(path, **stored)
       flags.FLAGS(["train.py"])
-      weights = train.Weights(path)
+      params, rest = train.read_weights(path)
+      train.adopt_architecture(path, params, rest)
       flags.FLAGS.image_size = 16
       self.assertEqual([flags.FLAGS[name].value for name in ("variant", "posemb", "pool", "head")], ["two/8", posemb, "gap", head])
-      loaded = weights.load(3)
+      loaded = train.fit_weights(params, 3)
       self.assertEqual(set(loaded), set(flat))
       for name, x in loaded.items():
         self.assertEqual(x.dtype, np.float32)
@@ -1139,12 +1223,21 @@ class CheckpointTest(parameterized.TestCase):
       flat["Transformer/encoder_norm/bias"] = np.zeros(5, np.float32)
       flat["pre_logits/bias"] = np.zeros(32, np.int32)
       flat["surprise"] = np.zeros(1)
-    with folder() as root, flagsaver.flagsaver(image_size=16):
-      with self.assertRaises(train.UserError) as caught:
-        train.Weights(self.weights_file(root, change)).load(3)
-    for part in ("embedding/bias missing", "encoder_norm/scale missing", "encoder_norm/bias (5,), expected (32,)",
-                 "pre_logits/bias int32, expected floats", "surprise unknown", "weights.npz"):
-      self.assertIn(part, str(caught.exception))
+    with folder() as root:
+      said = run(f"--init={self.weights_file(root, change)}", "--image_size=16", "--eval_only")
+    for part in ("exit: Error", "embedding/bias missing", "encoder_norm/scale missing",
+                 "encoder_norm/bias float32 (5,), expected floats (32,)", "pre_logits/bias int32 (32,), expected floats (32,)",
+                 "surprise unknown", "weights.npz"):
+      self.assertIn(part, said)
+
+  @parameterized.parameters(
+      ({"pos_embedding": np.float32(1)}, "no ViT in it.*pos_embedding"), ({"embedding/kernel": np.zeros(3)}, "no ViT in it"),
+      ({"head/bias": np.float32(1)}, "no ViT in it"), ({"pre_logits/kernel": np.float32(1)}, "does not fit"),
+      ({"Transformer/encoderblock/LayerNorm_0/bias": np.float32(1)}, "does not fit"))
+  def test_arrays_of_absurd_shapes_are_one_line(self, arrays, message):
+    with folder() as root:
+      said = run(f"--init={self.weights_file(root, lambda flat: flat.update(arrays))}", "--image_size=16", "--eval_only")
+    self.assertRegex(said, f"exit: Error: --init={root}/weights.npz.*{message}")
 
   @parameterized.parameters("--head=linear", "--pool=cls", "--posemb=learned", "--variant=S/16")
   def test_contradicting_flag(self, flag):
@@ -1153,7 +1246,7 @@ class CheckpointTest(parameterized.TestCase):
       flags.FLAGS(["train.py", flag])
       name = flag[2:].split("=")[0]
       with self.assertRaisesRegex(train.UserError, f"{flag} contradicts --init={path}, which holds {name}="):
-        train.Weights(path)
+        train.adopt_architecture(path, *train.read_weights(path))
 
   def test_resample_posemb(self):
     # [0, 4; 8, 12] on 3 x 3 points, corners on corners: the halves between.
@@ -1218,6 +1311,12 @@ class Crashing:
     self.file.close()
 
 
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
 class RunTest(parameterized.TestCase):
 
   @classmethod
@@ -1233,7 +1332,7 @@ class RunTest(parameterized.TestCase):
     with folder() as root:
       log = run(*self.flags(root, "--epochs=24", "--lr=0.01", "--eval_every=50"))
       self.assertLen(losses(log), 120)
-      self.assertRegex(log, r"step 120/120  epoch 24.00  loss \S+  lr \S+  grad \S+  \d+ images/s  waiting for data \d+%  0 s left")
+      self.assertRegex(log, r"step 120/120  epoch 24.00  loss \S+  lr \S+  grad \S+  \d+ images/s  waiting for data \d+%  0:00:00 left")
       self.assertEqual(re.findall("Evaluation at step (.*):", log), ["50", "100", "120"])
       with open(f"{root}/run/eval.json") as f:
         result = json.load(f)["validation"]
@@ -1249,6 +1348,9 @@ class RunTest(parameterized.TestCase):
       self.assertRegex(only, f"validation +top-1 +{result['top1']:.2f} %.* 13 images")
       self.assertRegex(only, "train +top-1.* 40 images")
       self.assertRegex(only, "v2 +not available: .*imagenet_v2.*input_pipeline.py")
+      odd = run(init, "--eval_only", f"--dataset={self.data}", "--eval=validation", f"--workdir={root}/eval", "--batch_size=3",
+                "--grad_accum=7", "--dtype=float32")
+      self.assertEqual(re.search("validation .*", odd)[0], re.search("validation .*", only)[0])
 
       pictures = [f"{self.data}validation/red/0.png", f"{self.data}validation/blue/2.png"]
       said = run(init, f"--predict={','.join(pictures)}", f"--workdir={root}/eval")
@@ -1283,6 +1385,66 @@ class RunTest(parameterized.TestCase):
       self.assertNotIn("new head", log)
       self.assertIn("has 3 classes, --dataset=", run(init, "--eval_only", f"--dataset={two}", f"--workdir={root}", "--batch_size=8"))
 
+  def test_a_signal_during_an_evaluation(self):
+    batches = input_pipeline.eval_batches
+    def interrupted(*args, **kwargs):
+      for batch in batches(*args, **kwargs):
+        train.received_signal = 15
+        yield batch
+    with folder() as root:
+      with mock.patch.object(input_pipeline, "eval_batches", interrupted):
+        log = run(*self.flags(root, "--eval_every=7", "--batch_size=8"))
+      self.assertIn("Stopped after step 7; the same command goes on from there.\n\nexit: 143", log)
+      self.assertEqual([step for step, _ in train.checkpoints(f"{root}/run")], [5, 7])
+      self.assertFalse(os.path.exists(f"{root}/run/eval.json"))
+      self.assertIn("Resuming after step 7", run(*self.flags(root)))
+
+  def test_what_cannot_be_written_does_not_end_a_run(self):
+    with folder() as root:
+      os.makedirs(f"{root}/run/eval.json")
+      full = tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+      with mock.patch.object(tf.summary, "scalar", side_effect=full):
+        log = run(*self.flags(root))
+      self.assertRegex(log, "TensorBoard events in .* could not be written .No space left on device.; the run goes on")
+      self.assertRegex(log, "eval.json could not be written")
+      self.assertRegex(log, "step 20/20 .*(\n.*)*validation +top-1")
+      init = f"--init={train.checkpoints(f'{root}/run')[-1][1]}"
+      self.assertIn("exit: Error: --export_timm=/dev/null/x cannot be written", run(init, "--export_timm=/dev/null/x"))
+      self.assertIn("exit: Error: --workdir=/dev/null cannot be", run(init, "--predict=x.png", "--workdir=/dev/null"))
+
+  def test_keep_every(self):
+    with folder() as root:
+      run(*self.flags(root, "--keep_every=8"))
+      self.assertEqual([step for step, _ in train.checkpoints(f"{root}/run")], [8, 16, 20])
+
+  def test_an_evaluation_with_other_classes(self):
+    with folder() as root, mock.patch.dict(train.EVALS, other=("patterns", "validation", "label")), \
+        mock.patch.object(input_pipeline, "Patterns", lambda data_dir: mock.MagicMock(
+            wraps=NUMBERS, info=mock.MagicMock(wraps=NUMBERS.info, splits=NUMBERS.info.splits, features={
+                "image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=10)}))):
+      log = run(*self.flags(root, "--eval=other,validation"))
+      self.assertRegex(log, "other +not available: it has 10 classes, --dataset=.* 3\n")
+      self.assertRegex(log, "validation +top-1")
+
+  def test_benchmark(self):
+    with mock.patch.object(jax, "devices", lambda d=jax.devices(): d[:1]), mock.patch.object(jax, "device_count", lambda: 1), \
+        mock.patch.object(jax, "local_device_count", lambda: 1):
+      said = run("--benchmark", "--variant=mu/8", "--image_size=16", "--batch_size=6", "--dtype=float32")
+      self.assertRegex(said, r"mu/8 at 16, float32, batch 6 on 1 x cpu: \S+ images/s, \S+ GFLOP/s, 0.\d\d of the best matrix")
+      self.assertIn("exit: Error: --batch_size=6: expected a multiple of 1 devices times --grad_accum=4",
+                    run("--benchmark", "--batch_size=6", "--grad_accum=4"))
+
+  def test_processes_are_joined_only_where_there_are_some(self):
+    with mock.patch.object(jax.distributed, "initialize") as initialize, flagsaver.flagsaver():
+      flags.FLAGS(["train.py"])
+      alone = dict(SLURM_JOB_ID="1", SLURM_NTASKS="1", SLURM_STEP_NODELIST="a", TPU_WORKER_HOSTNAMES="localhost")
+      for environment, calls in ((alone, 0), (dict(SLURM_JOB_ID="1", SLURM_NTASKS="4"), 0), (alone | {"SLURM_NTASKS": "2"}, 1),
+                                 (dict(TPU_WORKER_HOSTNAMES="a,b"), 2)):
+        with mock.patch.dict(os.environ, environment):
+          train.start_processes()
+        self.assertEqual(initialize.call_count, calls, environment)
+      self.assertIn("exit: Error: --coordinator needs --num_processes and --process_id", run("--coordinator=localhost:1"))
+
   def test_bad_images_in_a_run(self):
     with folder() as root:
       data = noise_folder(root)
@@ -1308,12 +1470,12 @@ class RunTest(parameterized.TestCase):
   @parameterized.parameters(
       ("--variant=XXL/16", "variant 'XXL/16': expected one of"), ("--image_size=20", "image_size 20: expected a multiple"),
       ("--warmup_steps=20", "--warmup_steps=20 is not shorter than the run of 20 steps: pass --warmup_steps=2"),
-      ("--batch_size=12", "--batch_size=12: expected a multiple of 8 devices"), ("--batch_size=0", "--batch_size=0"),
+      ("--batch_size=12", "--batch_size=12: expected a multiple of 8 devices"),
       ("--grad_accum=3", "expected a multiple of 8 devices times --grad_accum=3"),
-      ("--dataset=imagenet2012", "imagenet2012 is not prepared in .*--manual_dir.*ILSVRC2012_img_train.tar.*patterns"),
+      ("--dataset=imagenet2012", "imagenet2012 is not prepared in .*--manual_dir.*patterns.*ILSVRC2012_img_train.tar"),
       ("--dataset=nothing", "no such dataset"), ("--train_split=test", "split 'test' of .* it has train .40., validation .13."),
-      ("--eval=test", "none of these is available.*train, validation"), ("--lr=nan", "--lr=nan: expected a finite"),
-      ("--epochs=0", "warmup_steps"), ("--workdir=/dev/null/x", "--workdir=/dev/null/x cannot be written"),
+      ("--eval=test", "none of these is available.*train, validation"),
+      ("--epochs=0", "--epochs=0.0: these are no steps"), ("--workdir=/dev/null/x", "--workdir=/dev/null/x cannot be written"),
       ("--init=/nowhere.npz", "/nowhere.npz is not a checkpoint that can be read"), ("--eval_only", "need --init"))
   def test_bad_input_is_one_line(self, flag, message):
     with folder() as root:
@@ -1322,7 +1484,8 @@ class RunTest(parameterized.TestCase):
       self.assertNotIn("step 1/", said)
       self.assertLen(said.split("exit: ")[1].splitlines(), 1)
 
-  @parameterized.parameters("--lr=-1", "--weight_decay=inf", "--posemb=none", "--head=2", "--mixup=-0.1", "--randaug_layers=-1")
+  @parameterized.parameters("--lr=-1", "--weight_decay=inf", "--posemb=none", "--head=2", "--mixup=-0.1", "--randaug_layers=-1",
+                            "--lr=nan", "--batch_size=0", "--epochs=inf", "--randaug_magnitude=nan")
   def test_flags_out_of_range(self, flag):
     with flagsaver.flagsaver(), self.assertRaises(flags.IllegalFlagValueError) as caught:
       flags.FLAGS(["train.py", flag])
@@ -1397,9 +1560,7 @@ class RunTest(parameterized.TestCase):
   def test_two_processes_are_one(self):
     with folder() as root:
       one = run(*self.flags(root, "--batch_size=16"))  # eight devices in this process
-      with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+      port = free_port()
       def start(epochs, i):
         return self.start(f"{root}/two", "--batch_size=16", f"--epochs={epochs}", f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
                           f"--process_id={i}", devices=4, stderr=subprocess.STDOUT)
@@ -1417,9 +1578,7 @@ class RunTest(parameterized.TestCase):
 
   def test_a_lost_process_ends_the_other(self):
     with folder() as root:
-      with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+      port = free_port()
       flag = ("--batch_size=16", "--epochs=4000", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
       pair = [self.start(root, *flag, f"--process_id={i}", devices=4, stderr=subprocess.STDOUT) for i in range(2)]
       log = []
