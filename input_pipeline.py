@@ -35,12 +35,13 @@ for _kind in ("GPU", "TPU"):  # TensorFlow feeds the accelerator; it must not ta
 
 THREADS = os.cpu_count()
 WINDOW = 4096  # records shuffled at a time; with one window in use, one read ahead and one being read: 1.4 GB of ImageNet
-STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")  # of random numbers, independent of each other
+# Independent streams of random numbers, at most 64. A new one goes to the end, or the old ones change.
+STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")
 
 
 def seed_for(stream, seed, index):
   """The seed [2] of the index-th draw of a stream."""
-  return tf.stack([tf.constant(seed * len(STREAMS) + STREAMS.index(stream), tf.int64), tf.cast(index, tf.int64)])
+  return tf.stack([tf.constant(seed * 64 + STREAMS.index(stream), tf.int64), tf.cast(index, tf.int64)])
 
 
 class DatasetError(ValueError):

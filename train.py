@@ -255,7 +255,8 @@ def main(_):
   state = put_replicated(state)
 
   # Step
-  update, eval_step = make_update(tx, dtype, FLAGS.grad_accum, FLAGS.remat), make_eval_step(dtype)
+  update = make_update(tx, dtype, grad_accum=FLAGS.grad_accum, remat=FLAGS.remat)
+  eval_step = make_eval_step(dtype)
   log(f"{FLAGS.variant} with {sum(x.size for x in jax.tree.leaves(params)):,} parameters on {jax.device_count()} x "
       f"{jax.devices()[0].device_kind}: {total_steps:,} steps of {FLAGS.batch_size}, {num_examples:,} images an epoch.")
 
@@ -577,13 +578,13 @@ def restore_checkpoint(workdir, state, recipe, allow_changes=False):
     try:
       arrays = read_npz(path)
       try:
-        before = dict(json.loads(arrays["flags"].item()))
+        before = {name: FLAGS[name].default for name in recipe} | json.loads(arrays["flags"].item())
       except (KeyError, ValueError, TypeError):
         raise UserError(f"{path} has no flags in it; expected a checkpoint of train.py") from None
     except UserError as error:
       log(f"{error}. Trying the previous one.")
       continue
-    changes = [f"--{key}={before.get(key)} (now {value})" for key, value in recipe.items() if before.get(key) != value]
+    changes = [f"--{name}={before[name]} (now {value})" for name, value in recipe.items() if before[name] != value]
     if changes and not allow_changes:
       raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or another --workdir, or "
                       "--allow_changes to go on with the new ones.")
@@ -812,7 +813,7 @@ def benchmark(rounds=5):
   images = rng.uniform(-1, 1, (b, FLAGS.image_size, FLAGS.image_size, 3)).astype(dtype)
   batch = put_batch({"images": images, "labels": np.eye(1000, dtype=np.float32)[rng.integers(0, 1000, b)], "bad": 0})
   ready = time.perf_counter()
-  update = make_update(tx, dtype, FLAGS.grad_accum, FLAGS.remat).lower(state, batch).compile()
+  update = make_update(tx, dtype, grad_accum=FLAGS.grad_accum, remat=FLAGS.remat).lower(state, batch).compile()
   compiled = time.perf_counter()
   state, metrics = update(state, batch)
   jax.block_until_ready(state)
