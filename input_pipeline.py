@@ -131,7 +131,8 @@ def read_records(builder, split, label="label", seed=None):
   if isinstance(builder, tfds.ImageFolder):  # it lists its images in a fixed random order
     parts = [builder.as_dataset(split=name, decoders=skip_decoding).take(stop).skip(start)
              for name, start, stop in _ranges(builder, split)]
-    return functools.reduce(lambda a, b: a.concatenate(b), parts).map(lambda x: {"image": x["image"], "label": x[label], "id": x["image/filename"]})
+    ds = functools.reduce(lambda a, b: a.concatenate(b), parts)
+    return ds.map(lambda x: {"image": x["image"], "label": x[label], "id": x["image/filename"]})
 
   features = {"image": builder.info.features["image"], label: builder.info.features[label]}
   features = tfds.features.FeaturesDict(features)
@@ -178,9 +179,11 @@ def shuffled_records(builder, split, seed, start=0):
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _check_size(shape):
-  """A few bytes can declare a picture larger than memory: more than 2^27 pixels are an error."""
-  tf.debugging.assert_less(tf.reduce_prod(tf.cast(shape[:2], tf.float32)), 2.0 ** 27, "image too large")
+def _checked(shape):
+  """[height, width, ...] as it is, or an error if there are more than 2^27 pixels: a few bytes can declare more than memory holds."""
+  pixels = tf.reduce_prod(tf.cast(shape[:2], tf.float32))
+  with tf.control_dependencies([tf.debugging.assert_less(pixels, 2.0 ** 27, "image too large")]):
+    return tf.identity(shape)  # what depends on it waits for the check
 
 
 def decode(image_bytes, choose_box):
@@ -190,9 +193,8 @@ def decode(image_bytes, choose_box):
   """
 
   def jpeg():
-    shape = tf.io.extract_jpeg_shape(image_bytes)
-    _check_size(shape)  # decode_image below has a limit of its own
-    return tf.io.decode_and_crop_jpeg(image_bytes, choose_box(shape), channels=3)
+    box = choose_box(_checked(tf.io.extract_jpeg_shape(image_bytes)))  # decode_image below has a limit of its own
+    return tf.io.decode_and_crop_jpeg(image_bytes, box, channels=3)
 
   def other():
     image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
@@ -230,8 +232,7 @@ def eval_image(image_bytes, image_size=224):
   image = decode(image_bytes, lambda shape: tf.concat([[0, 0], shape[:2]], 0))
   sides = tf.cast(tf.shape(image)[:2], tf.float32)
   sides = tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides)))
-  _check_size(sides)  # a long thin picture grows
-  sides = tf.cast(sides, tf.int32)
+  sides = tf.cast(_checked(sides), tf.int32)  # a long thin picture grows
   image = tf.cast(tf.clip_by_value(tf.image.resize(image, sides, method="area"), 0, 255), tf.uint8)
   y, x = tf.unstack((sides - image_size) // 2)
   return tf.ensure_shape(image[y:y + image_size, x:x + image_size], (image_size, image_size, 3))

@@ -122,7 +122,7 @@ def log(message):
 
 
 @contextlib.contextmanager
-def writing(what):
+def log_write_errors(what):
   """A full disk is no reason to lose a run: what could not be written is a line in the log."""
   try:
     yield
@@ -248,7 +248,7 @@ def main(_):
   schedule = make_schedule(FLAGS.warmup_steps, total_steps)
   tx = make_optimizer(schedule, FLAGS.lr, FLAGS.weight_decay, FLAGS.grad_clip_norm)
   state = {"params": params, "opt_state": tx.init(params), "step": np.int32(0)}
-  state = restore_checkpoint(FLAGS.workdir, jax.device_get(state), recipe, FLAGS.allow_changes)
+  state = restore_checkpoint(FLAGS.workdir, state, recipe, FLAGS.allow_changes)
   start = step = int(state["step"])
   if np.ptp(multihost_utils.process_allgather(np.int32(step))):
     raise UserError(f"the processes do not see the same checkpoints: --workdir={FLAGS.workdir} must be one that all share")
@@ -264,8 +264,8 @@ def main(_):
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, handle_signal)
   train_log = TrainLog(total_steps, num_examples, schedule)
-  checkpointer = AsyncCheckpointer({"label_names": np.array(dataset.info.features["label"].names),
-                                    "flags": np.array(json.dumps(recipe))})
+  label_names = np.array(dataset.info.features["label"].names)
+  checkpointer = AsyncCheckpointer({"label_names": label_names, "flags": np.array(json.dumps(recipe))})
   batches, unread, stop = batches(start_step=step), None, 0  # stop: the number of a signal
   while not stop:
     if step == total_steps or (step > start and step % FLAGS.eval_every == 0):
@@ -295,7 +295,7 @@ def main(_):
 def check_run(total_steps):
   """Raises UserError for what can be known to be wrong before any work."""
   if not total_steps:
-    raise UserError(f"--epochs={FLAGS.epochs}: these are no steps; expected more")
+    raise UserError(f"--epochs={FLAGS.epochs} is less than one step of --batch_size={FLAGS.batch_size}; expected more epochs")
   if total_steps <= FLAGS.warmup_steps:
     raise UserError(f"--warmup_steps={FLAGS.warmup_steps} is not shorter than the run of {total_steps} steps: pass "
                     f"--warmup_steps={total_steps // 10} or more --epochs")
@@ -351,31 +351,32 @@ class TrainLog:
     Raises:
       UserError: the loss, the gradients or the new parameters are not finite.
     """
-    loss, grad_norm, param_norm = (metrics[key].item() for key in ("loss", "grad_norm", "param_norm"))  # waits for the device
-    if not all(map(math.isfinite, (loss, grad_norm, param_norm))):
-      raise UserError(f"not finite at step {step}: loss {loss}, norm of the gradients {grad_norm}, of the parameters "
-                      f"{param_norm}. The last checkpoint in {FLAGS.workdir} is from before; try a lower --lr or a longer "
-                      "--warmup_steps")
-    self.bad += metrics["bad"].item()
+    metrics = {key: value.item() for key, value in metrics.items()}  # waits for the device
+    if not all(map(math.isfinite, metrics.values())):
+      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients {metrics['grad_norm']}, of the "
+                      f"parameters {metrics['param_norm']}. The last checkpoint in {FLAGS.workdir} is from before; try a lower "
+                      "--lr or a longer --warmup_steps")
+    self.bad += metrics["bad"]
     if self.since is None:
       self.restart(step)
     if step % FLAGS.log_every == 0 or step == self.total_steps:
       elapsed, steps = time.perf_counter() - self.started, step - self.since
-      epoch, rate = step * FLAGS.batch_size / self.num_examples, FLAGS.lr * float(self.schedule(step - 1))
-      speed, data_wait = steps * FLAGS.batch_size / elapsed, self.waited / elapsed
+      scalars = {"epoch": step * FLAGS.batch_size / self.num_examples, "loss": metrics["loss"],
+                 "learning_rate": FLAGS.lr * float(self.schedule(step - 1)), "grad_norm": metrics["grad_norm"],
+                 "param_norm": metrics["param_norm"], "images_per_second": steps * FLAGS.batch_size / elapsed,
+                 "data_wait": self.waited / elapsed, "bad_images": self.bad}
       left = datetime.timedelta(seconds=round((self.total_steps - step) * elapsed / steps)) if steps else "?"
-      log(f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  "
-          f"{speed:.0f} images/s  waiting for data {data_wait:.0%}  {left} left"
-          + (f"  {self.bad} bad images left out" if self.bad else ""))
-      self.events(step, {"epoch": epoch, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm,
-                         "param_norm": param_norm, "images_per_second": speed, "data_wait": data_wait, "bad_images": self.bad})
+      log(f"step {step}/{self.total_steps}  epoch {scalars['epoch']:.2f}  loss {scalars['loss']:.4f}  "
+          f"lr {scalars['learning_rate']:.2e}  grad {scalars['grad_norm']:.3f}  {scalars['images_per_second']:.0f} images/s  "
+          f"waiting for data {scalars['data_wait']:.0%}  {left} left" + f"  {self.bad} bad images left out" * bool(self.bad))
+      self.events(step, scalars)
       self.restart(step)
-    return metrics["stop"].item()
+    return metrics["stop"]
 
   def events(self, step, scalars, images=None):
     """Writes TensorBoard events: {name: number}, and the first 16 of images in [-1, 1]."""
     if self.writer:
-      with writing(f"TensorBoard events in {FLAGS.workdir}"), self.writer.as_default(step):
+      with log_write_errors(f"TensorBoard events in {FLAGS.workdir}"), self.writer.as_default(step):
         for name, value in scalars.items():
           tf.summary.scalar(name, value)
         if images is not None:
@@ -452,7 +453,7 @@ def show(results):
         f"{result['count']:,} images{bad}")
   if jax.process_index() == 0:
     path = os.path.join(FLAGS.workdir, "eval.json")
-    with writing(path), tf.io.gfile.GFile(path, "w") as f:
+    with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
       f.write(json.dumps(results, indent=2) + "\n")
 
 
@@ -465,7 +466,9 @@ def start_processes():
     if FLAGS.num_processes is None or FLAGS.process_id is None:
       raise UserError("--coordinator needs --num_processes and --process_id")
     jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat_timeout_seconds=30)
-  elif "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    return
+  under_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+  if under_srun or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
     jax.distributed.initialize()
 
 
@@ -476,7 +479,7 @@ def on_devices(spec):
 
 def put_replicated(tree):
   """The same arrays on all devices of all processes."""
-  return jax.device_put(tree, on_devices(PartitionSpec()))
+  return jax.device_put(jax.device_get(tree), on_devices(PartitionSpec()))
 
 
 received_signal = 0
@@ -549,7 +552,8 @@ def read_npz(path, skip=()):
 def checkpoints(workdir):
   """[(step, path)] of the checkpoints in a workdir, oldest first."""
   names = tf.io.gfile.listdir(workdir) if tf.io.gfile.isdir(workdir) else []
-  return sorted((int(name[11:-4]), os.path.join(workdir, name)) for name in names if re.fullmatch(r"checkpoint_\d+\.npz", name))
+  names = [name for name in names if re.fullmatch(r"checkpoint_\d+\.npz", name)]
+  return sorted((int(re.search(r"\d+", name)[0]), os.path.join(workdir, name)) for name in names)
 
 
 def save_checkpoint(workdir, arrays, keep_every=0):
@@ -601,8 +605,8 @@ def restore_checkpoint(workdir, state, recipe, allow_changes=False):
 class AsyncCheckpointer:
   """Writes checkpoints in the background, one at a time, on the first process."""
 
-  def __init__(self, extra):
-    self.extra, self.pool, self.pending = extra, futures.ThreadPoolExecutor(1), None  # extra: {name: array} beside the state
+  def __init__(self, extra):  # {name: array} to store beside the state
+    self.extra, self.pool, self.pending = extra, futures.ThreadPoolExecutor(1), None
 
   def save(self, state):
     """Copies the state off the device, and leaves the rest to the background."""
@@ -612,14 +616,16 @@ class AsyncCheckpointer:
       self.pending = self.pool.submit(save_checkpoint, FLAGS.workdir, arrays | self.extra, FLAGS.keep_every)
 
   def wait(self, last=False):
-    """Waits until everything is written. That it could not be is an error only if there is no next checkpoint."""
-    writes, self.pending = self.pending, None
+    """Waits until everything is written. That it could not be is an error only for the last checkpoint."""
+    pending, self.pending = self.pending, None
     try:
-      with contextlib.nullcontext() if last else writing("A checkpoint (the previous one is kept)"):
-        if writes:
-          writes.result()
+      if pending:
+        pending.result()
     except (OSError, tf.errors.OpError) as error:
-      raise UserError(f"the last checkpoint could not be written to {FLAGS.workdir} ({error}); the previous one is kept") from None
+      message = f"A checkpoint could not be written to {FLAGS.workdir} ({error}); the previous one is kept"
+      if last:
+        raise UserError(message) from None
+      log(f"{message}, and the run goes on.")
 
 
 # --- Weights: --init, --predict, --export_timm ------------------------------------------------------------------------
@@ -825,7 +831,7 @@ def benchmark(rounds=5):
     state, metrics = update(state, batch)
     return metrics
 
-  multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+  multiply = jax.jit(lambda x, w: model.einsum("ij,jk->ik", x, w, dtype))
   factors = [[put_replicated(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes]
              for shapes in (((4096, 4096), (4096, 4096)), ((3136, 1536), (1536, 1536)))]  # the faster of two shapes counts
   repeats = 2 if jax.default_backend() == "cpu" else 20
@@ -846,7 +852,7 @@ def benchmark(rounds=5):
 
 
 def run(argv):
-  """`main`, with a line instead of a traceback for what the user can mend."""
+  """`main`, with a line instead of a traceback for what the user can fix."""
   try:
     return main(argv)
   except (UserError, input_pipeline.DatasetError, input_pipeline.BadImage) as error:
