@@ -260,9 +260,9 @@ def forward(params, images, dtype=jnp.bfloat16, remat=False):
     remat: keep only the tokens between the blocks for the backward pass; saves memory, costs one more forward pass.
   """
   x = embed(params, images, dtype)
-  run = jax.checkpoint(block, static_argnums=2) if remat else block
+  apply_block = jax.checkpoint(block, static_argnums=2) if remat else block
   for i in range(depth(params)):
-    x = run(params["Transformer"][f"encoderblock_{i}"], x, dtype)
+    x = apply_block(params["Transformer"][f"encoderblock_{i}"], x, dtype)
   return classify(params, x, dtype)
 
 
