@@ -74,15 +74,17 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
     return builder
   try:
     builder = Patterns(data_dir=data_dir) if name == "patterns" else tfds.builder(name, data_dir=data_dir)
-  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
-    raise DatasetError(f"--dataset={name}: no such folder, and no such dataset in TFDS; expected a name such as imagenet2012 or "
-                       "cifar10, patterns (the built-in demo), or the path of a folder with SPLIT/CLASS/IMAGE.jpg") from None
+  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+    reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f" ({' '.join(str(error).split())[:200]})"
+    raise DatasetError(f"--dataset={name}: no such folder, and no such dataset in TFDS{reason}; expected a name such as "
+                       "imagenet2012 or cifar10, patterns (the built-in demo), or the path of a folder with "
+                       "SPLIT/CLASS/IMAGE.jpg") from None
   if prepare or name == "patterns":
     try:
       builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except AssertionError as error:  # the archives are not there
       raise DatasetError(f"--manual_dir={manual_dir}: {' '.join(str(error).split())}") from None
-    except FileExistsError:  # another process was faster
+    except FileExistsError:  # another process prepared it first
       return open_dataset(name, data_dir)
   root = builder.data_path.parents[builder.info.full_name.count("/")]
   if not builder.info.splits:

@@ -164,7 +164,7 @@ def dense(spec, p, x, dtype):
   return einsum(spec, x, p["kernel"], dtype) + p["bias"]
 
 
-# The backward pass recomputes what these two hold inside, which is cheap, and so keeps no more of them than their input.
+# The backward pass recomputes what these two hold inside, which is cheap, and so keeps only their input.
 
 
 @jax.checkpoint
@@ -182,7 +182,7 @@ def gelu(x):
   each of its readers; one of them reads it transposed, which on a CPU takes a sixth of the step.
   """
   u = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
-  return x / (1 + jnp.exp(jnp.minimum(-2 * u, 80)))  # 80, lest exp become infinite, and its derivative NaN
+  return x / (1 + jnp.exp(jnp.minimum(-2 * u, 80)))  # 80: exp stays finite, and its derivative a number
 
 
 jax.config.update("jax_softmax_custom_jvp", True)  # the backward pass of jax.nn.softmax keeps its result, not its parts

@@ -6,8 +6,8 @@
     python train.py --predict=a.jpg,b.png --init=FILE.npz       # names what is in pictures
     python train.py --benchmark                                 # the update step's speed
 
-The default of every flag is the published run. `main` is the method section: data, parameters, optimiser, step, loop.
-What it calls are functions of this file, to be imported by tests and forks.
+The default of every flag is the published run. First comes the method: schedule, optimiser, update; then `main`: data,
+parameters, optimiser, step, loop; then what they build on. All of it functions to be imported by tests and forks.
 
 Shapes: B batch, I image side, P patch side, L tokens, D width, C classes.
 """
@@ -79,7 +79,7 @@ flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets (default: TFDS'
 flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
 flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations, with a checkpoint before each.", 1)
 flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; the last two are kept.", 1)
-flags.DEFINE_integer("keep_every", 0, "Also keep the checkpoints of multiples of this many steps; 0: none.", 0)
+flags.DEFINE_integer("keep_every", 0, "Also write a checkpoint every this many steps, and keep it; 0: none.", 0)
 flags.DEFINE_list("eval", ["minival", "val"], "What to evaluate: minival, val, real, v2, or splits of --dataset.")
 flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used instead of stopping.")
 flags.DEFINE_bool("allow_changes", False, "Resume although flags of the recipe have changed.")
@@ -249,7 +249,7 @@ def main(_):
   tx = make_optimizer(schedule, FLAGS.lr, FLAGS.weight_decay, FLAGS.grad_clip_norm)
   state = {"params": params, "opt_state": tx.init(params), "step": np.int32(0)}
   state = restore_checkpoint(FLAGS.workdir, state, recipe, FLAGS.allow_changes)
-  start = step = int(state["step"])
+  step = int(state["step"])
   if np.ptp(multihost_utils.process_allgather(np.int32(step))):
     raise UserError(f"the processes do not see the same checkpoints: --workdir={FLAGS.workdir} must be one that all share")
   state = put_replicated(state)
@@ -268,11 +268,11 @@ def main(_):
   checkpointer = AsyncCheckpointer({"label_names": label_names, "flags": np.array(json.dumps(recipe))})
   batches, unread, stop = batches(start_step=step), None, 0  # stop: the number of a signal
   while not stop:
-    if step == total_steps or (step > start and step % FLAGS.eval_every == 0):
+    if step >= total_steps or step and step % FLAGS.eval_every == 0:
       results, stop = evaluate(state["params"], eval_step, evals, dtype)
       if not stop:  # else they are of a part only
         train_log.evaluation(step, results)
-      if step == total_steps or stop:
+      if step >= total_steps or stop:
         break
     batch = train_log.wait_for(batches)
     if step == 0:
@@ -479,7 +479,8 @@ def on_devices(spec):
 
 def put_replicated(tree):
   """The same arrays on all devices of all processes."""
-  return jax.device_put(jax.device_get(tree), on_devices(PartitionSpec()))
+  sharding = on_devices(PartitionSpec())  # device_put would compare each array between all processes
+  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda _: x), jax.device_get(tree))
 
 
 received_signal = 0
@@ -592,9 +593,11 @@ def restore_checkpoint(workdir, state, recipe, allow_changes=False):
     if changes and not allow_changes:
       raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or another --workdir, or "
                       "--allow_changes to go on with the new ones.")
-    wrong = [name for name, x in expected.items() if name not in arrays or arrays[name].shape != x.shape]
+    wrong = [name for name, x in expected.items()
+             if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
     if wrong:
-      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing or of another shape; give another --workdir")
+      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of another shape or type; give "
+                      "another --workdir")
     log(f"Resuming after step {int(arrays['step'])} from {path}.")
     return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in expected])
   if found:
