@@ -182,7 +182,7 @@ def shuffled_records(builder, split, seed, start=0):
 
 
 def _checked(shape):
-  """[height, width, ...] as it is, or an error if there are more than 2^27 pixels: a few bytes can declare more than memory holds."""
+  """[height, width, ...] as it is; an error beyond 2^27 pixels, as a few bytes can declare more than memory holds."""
   pixels = tf.reduce_prod(tf.cast(shape[:2], tf.float32))
   with tf.control_dependencies([tf.debugging.assert_less(pixels, 2.0 ** 27, "image too large")]):
     return tf.identity(shape)  # what depends on it waits for the check

@@ -1476,7 +1476,7 @@ class RunTest(parameterized.TestCase):
       ("--dataset=imagenet2012", "imagenet2012 is not prepared in .*--manual_dir.*patterns.*ILSVRC2012_img_train.tar"),
       ("--dataset=nothing", "no such dataset"), ("--train_split=test", "split 'test' of .* it has train .40., validation .13."),
       ("--eval=test", "none of these is available.*train, validation"),
-      ("--epochs=0", "--epochs=0.0 is less than one step of --batch_size=8; expected more epochs"), ("--workdir=/dev/null/x", "--workdir=/dev/null/x cannot be written"),
+      ("--epochs=0", "--epochs=0.0 is less than one step of --batch_size=8"), ("--workdir=/dev/null/x", "--workdir=/dev/null/x cannot be written"),
       ("--init=/nowhere.npz", "/nowhere.npz is not a checkpoint that can be read"), ("--eval_only", "need --init"))
   def test_bad_input_is_one_line(self, flag, message):
     with folder() as root:

@@ -233,7 +233,7 @@ def main(_):
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
   check_run(total_steps)
   evals = open_evals(dataset)
-  batches = functools.partial(
+  train_batches = functools.partial(
       input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size, image_size=FLAGS.image_size,
       randaug_layers=FLAGS.randaug_layers, randaug_magnitude=FLAGS.randaug_magnitude, mixup_p=FLAGS.mixup, dtype=dtype,
       seed=FLAGS.seed, process_index=jax.process_index(), process_count=jax.process_count(),
@@ -266,7 +266,7 @@ def main(_):
   train_log = TrainLog(total_steps, num_examples, schedule)
   label_names = np.array(dataset.info.features["label"].names)
   checkpointer = AsyncCheckpointer({"label_names": label_names, "flags": np.array(json.dumps(recipe))})
-  batches, unread, stop = batches(start_step=step), None, 0  # stop: the number of a signal
+  batches, unread, stop = train_batches(start_step=step), None, 0  # stop: the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
       results, stop = evaluate(state["params"], eval_step, evals, dtype)
@@ -353,9 +353,9 @@ class TrainLog:
     """
     metrics = {key: value.item() for key, value in metrics.items()}  # waits for the device
     if not all(map(math.isfinite, metrics.values())):
-      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients {metrics['grad_norm']}, of the "
-                      f"parameters {metrics['param_norm']}. The last checkpoint in {FLAGS.workdir} is from before; try a lower "
-                      "--lr or a longer --warmup_steps")
+      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients {metrics['grad_norm']}, of "
+                      f"the parameters {metrics['param_norm']}. The last checkpoint in {FLAGS.workdir} is from before; try a "
+                      "lower --lr or a longer --warmup_steps")
     self.bad += metrics["bad"]
     if self.since is None:
       self.restart(step)
