@@ -213,7 +213,7 @@ def rand_augment(image, seed, num_layers=2, magnitude=10):
 
 @functools.cache
 def _compiled_mix(scale, dtype):
-  """Scales and mixes in one pass over the images, compiled by XLA once per process; TensorFlow alone takes five."""
+  """Scales and mixes in one pass over the images, compiled by XLA once per process, rather than in one pass an operation."""
 
   @tf.function(jit_compile=True)
   def mix(images, a):

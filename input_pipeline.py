@@ -9,7 +9,8 @@ as the model sees it.
 
 The order of examples and every random choice are functions of the seed and of the example's place in the endless
 stream of epochs: batch k of size B holds the examples k*B ... k*B + B - 1. Nothing else is random, so the pipeline
-starts at any step without having decoded what came before, and the number of threads or processes changes nothing.
+starts at any step without having decoded what came before, and the number of threads or processes changes nothing (with
+one exception, of `skip_bad_images` in `train_batches`).
 
 Shapes: B batch, b this process's share of it, I image side, C classes.
 """
@@ -458,12 +459,11 @@ def main(_):
     return print("It has no feature 'label', so there is nothing to train on or to measure.")
   B, size = FLAGS.batch_size, FLAGS.image_size
   split = FLAGS.split or ("train" if "train" in builder.info.splits else list(builder.info.splits)[0])
-  names = builder.info.features["label"].names
 
   started = time.time()
   batch = next(train_batches(builder, split, B, image_size=size, dtype=tf.float32))
   print(f"First training batch after {time.time() - started:.1f} s.")
-  count = min(16, B)
+  names, count = builder.info.features["label"].names, min(16, B)
   captions = [", ".join(f"{p:.2f} {names[c]}" for c, p in enumerate(label) if p) for label in batch["labels"][:count]]
   augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:count] + 1) * 127.5), captions)
   print(f"Wrote {FLAGS.out}, {count} training images as the model sees them.")

@@ -70,7 +70,7 @@ def parameter_table(variant="S/16", image_size=224, posemb="sincos2d", pool="gap
   zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
   lecun = jax.nn.initializers.lecun_normal()  # fan-in P*P*3 for the patches, D for a matrix
   xavier = jax.nn.initializers.xavier_uniform
-  # Query, key, value and out are D x D matrices. Said explicitly, as the default axes would take N or D for a
+  # Query, key, value and out are D x D matrices. The axes are given, as the default ones would take N or D for a
   # receptive field and bound the values by 0.015 instead of sqrt(6 / 2D) = 0.088.
   to_heads, from_heads = xavier(in_axis=0, out_axis=(1, 2)), xavier(in_axis=(0, 1), out_axis=2)
 
@@ -137,8 +137,8 @@ def einsum(spec, x, w, dtype):
   """`jnp.einsum(spec, x, w)` with inputs rounded to `dtype`, accumulated and returned in float32.
 
   With bfloat16 this is what a TPU does to float32 arrays by default, here on every device. It has a derivative of its own
-  because autodiff would not round the float32 cotangent that the two products of the backward pass read, which makes
-  them several times as slow.
+  because autodiff would not round the float32 cotangent, so that the two products of the backward pass would not be in
+  `dtype`.
   """
   precision = "highest" if dtype == jnp.float32 else None  # else TPUs and GPUs round float32 inputs all the same
   return jnp.einsum(spec, x.astype(dtype), w.astype(dtype), precision=precision, preferred_element_type=jnp.float32)

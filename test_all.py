@@ -970,6 +970,12 @@ class InputTest(parameterized.TestCase):
                             (root + "/", "no images")):
         with self.assertRaisesRegex(ValueError, message):
           input_pipeline.open_dataset(name, root)
+      with self.assertRaisesRegex(input_pipeline.DatasetError, "--manual_dir=/nowhere: Manual directory.*ILSVRC2012_img_train.tar"):
+        input_pipeline.open_dataset("imagenet2012", root, prepare=True, manual_dir="/nowhere")
+      with mock.patch.object(input_pipeline.Patterns, "download_and_prepare", side_effect=[FileExistsError, None]) as prepare:
+        with self.assertRaisesRegex(input_pipeline.DatasetError, "not prepared"):  # as the mock prepared nothing
+          input_pipeline.open_dataset("patterns", root)  # another process was faster: looks again
+      self.assertEqual(prepare.call_count, 2)
     with self.assertRaisesRegex(ValueError, "no classes in a feature 'name'; it has image, label, many"):
       input_pipeline.num_classes(NUMBERS, "name")
     self.assertEqual(input_pipeline.num_classes(NUMBERS, "many"), 3)

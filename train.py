@@ -461,7 +461,7 @@ def show(results):
 
 
 def start_processes():
-  """Joins the other processes: on TPU pods and Slurm JAX finds them, elsewhere the flags name them."""
+  """Joins the other processes: on TPU pods and under srun JAX finds them, elsewhere the flags name them."""
   if FLAGS.coordinator:
     if FLAGS.num_processes is None or FLAGS.process_id is None:
       raise UserError("--coordinator needs --num_processes and --process_id")
