@@ -336,18 +336,18 @@ class MethodTest(parameterized.TestCase):
         mock.patch.object(input_pipeline, "train_batches", side_effect=Reached) as train_batches:
       init_params.return_value = {"kernel": np.zeros(1)}
       make_optimizer.return_value.init.return_value = {}
-      flags.FLAGS(["train.py", "--train_split=train[:80%]", "--batch_size=8", "--epochs=7", "--warmup_steps=5", "--lr=0.5",
+      flags.FLAGS(["train.py", "--train_split=train[:80%]", "--batch_size=16", "--epochs=7", "--warmup_steps=5", "--lr=0.5",
                    "--weight_decay=0.25", "--grad_clip_norm=3", "--randaug_layers=1", "--randaug_magnitude=4", "--mixup=0.3",
-                   "--variant=mu/8", "--image_size=24", "--seed=6", "--dtype=float32", "--grad_accum=1", "--remat", "--eval=train",
+                   "--variant=mu/8", "--image_size=24", "--seed=6", "--dtype=float32", "--grad_accum=2", "--remat", "--eval=train",
                    f"--workdir={root}", "--skip_bad_images"])
       with self.assertRaises(Reached):
         train.main([])
-    make_schedule.assert_called_once_with(5, 35)
+    make_schedule.assert_called_once_with(5, 18)  # 7 * 40 / 16 = 17.5
     make_optimizer.assert_called_once_with(make_schedule.return_value, 0.5, 0.25, 3)
-    make_update.assert_called_once_with(make_optimizer.return_value, jnp.float32, grad_accum=1, remat=True)
+    make_update.assert_called_once_with(make_optimizer.return_value, jnp.float32, grad_accum=2, remat=True)
     self.assertEqual(init_params.call_args.args[0], 6)
     train_batches.assert_called_once_with(
-        NUMBERS, "train[:80%]", 8, start_step=0, image_size=24, randaug_layers=1, randaug_magnitude=4, mixup_p=0.3,
+        NUMBERS, "train[:80%]", 16, start_step=0, image_size=24, randaug_layers=1, randaug_magnitude=4, mixup_p=0.3,
         dtype=jnp.float32, seed=6, process_index=0, process_count=1, skip_bad_images=True)
 
   def test_three_updates_against_float64(self):
