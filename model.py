@@ -1,22 +1,23 @@
-"""The plain Vision Transformer of "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580), in JAX functions.
+"""The plain Vision Transformer of "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580).
 
-A model is a nested dict of arrays, named as in the published checkpoints, and nothing else: `forward` reads the
-architecture off the arrays it is given. There is a [cls] token if there is a `cls` array, an MLP head if there is a
-`pre_logits` array, learned position embeddings if there is a `pos_embedding` array; the patch size, the depth and the
-number of heads are the shapes of kernels. Every ablation of the model is therefore one line of `parameter_table`.
+A model is two things: its parameters, a nested dict of float32 arrays named as in the published
+checkpoints, and a `Config`, which says what those arrays cannot. `forward` takes both.
 
-    python model.py [--variant=S/16 --image_size=224 --posemb=sincos2d --pool=gap --head=mlp --num_classes=1000]
+    python model.py [--variant=S/16 --image_size=224 --posemb=sincos2d --pool=gap --head=mlp]
 
-prints that table, the number of parameters and the cost of one image.
+prints every parameter in the order of the layers, their number, and the cost of one image.
 
-Shapes: B batch, I image side, P patch side, L tokens, D width, N heads, H head dim (D = N*H), M MLP width, C classes.
-In einsums they are lower case; q and k are L of the queries and of the keys, e is another D.
+Shapes: B batch, I image side, P patch side, L tokens, D width, N heads, H head dim (D = N*H), M MLP
+width, C classes. In einsums they are lower case; y and x are rows and columns of patches, i and j
+those of pixels in a patch, c the three colours, e another D.
 """
 
 import functools
+import json
 import math
 import re
 import sys
+from typing import NamedTuple
 import zlib
 
 from absl import app
@@ -25,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# name: (D width, depth, M MLP width, N heads)
+# --- Sizes and parameters -------------------------------------------------------------------------
+
+# name: (D width, number of blocks, M MLP width, N heads)
 VARIANTS = {
     "demo": (64, 4, 256, 1),  # ours, for the demo on a laptop; all others are the published ones
     "mu": (32, 1, 128, 2),
@@ -36,86 +39,103 @@ VARIANTS = {
     "L": (1024, 24, 4096, 16),
     "H": (1280, 32, 5120, 16),
 }
+CHOICES = {
+    "posemb": ("sincos2d", "learned"),  # position embedding: a constant, or an array
+    "pool": ("gap", "cls"),  # classify the mean of the tokens, or the output of one token more
+    "head": ("mlp", "linear"),  # one hidden tanh layer before the classifier, or none
+    "dtype": ("bfloat16", "float32"),
+    "attention": ("xla", "cudnn"),
+}
 
 
-# --- Parameters -------------------------------------------------------------------------------------------------------
+class WeightsError(ValueError):
+  """A file or a model that is not what was expected; the message says what to do."""
 
 
-def parameter_table(variant="S/16", image_size=224, posemb="sincos2d", pool="gap", head="mlp", num_classes=1000):
-  """Every parameter's name, shape and initialiser: {name: (shape, function(key, shape) -> float32 array)}.
+class Config(NamedTuple):
+  """What a model is beside its arrays. A field of the same name as a flag of train.py is that flag."""
 
-  Args:
-    variant: a key of VARIANTS and the patch side, "S/16".
-    image_size: I, in pixels; a multiple of the patch side.
-    posemb: "sincos2d" (a constant, hence no parameter) or "learned".
-    pool: "gap" (mean over the tokens) or "cls" (an additional token, whose output is classified).
-    head: "mlp" (one hidden tanh layer) or "linear".
-    num_classes: C.
+  variant: str = "S/16"  # a key of VARIANTS and the patch side P
+  image_size: int = 224  # I, in pixels
+  posemb: str = "sincos2d"
+  pool: str = "gap"
+  head: str = "mlp"
+  num_classes: int = 1000  # C
+  dtype: str = "bfloat16"  # of matrix products in the blocks and of what lies between them
+  attention: str = "xla"  # or cuDNN's, for NVIDIA GPUs; the same function, so no checkpoint says it
+
+  @property
+  def sizes(self):
+    """(P, D, number of blocks, M, N); ValueError if a field is none of those that are known."""
+    name, _, patch = self.variant.partition("/")
+    if name not in VARIANTS or not re.fullmatch("[1-9][0-9]*", patch):
+      raise WeightsError(f"--variant={self.variant}: expected one of {', '.join(VARIANTS)} and a "
+                       "patch size, such as S/16")
+    if self.image_size < int(patch) or self.image_size % int(patch):
+      raise WeightsError(f"--image_size={self.image_size}: expected a multiple of the patch size, "
+                       f"{patch} (variant {self.variant})")
+    for field, known in CHOICES.items():
+      if getattr(self, field) not in known:
+        raise WeightsError(f"--{field}={getattr(self, field)}: expected {' or '.join(known)}")
+    return int(patch), *VARIANTS[name]
+
+
+def parameter_table(config=Config()):
+  """Every parameter's name, shape and initialiser: {name: (shape, function(key, shape) -> array)}.
 
   Raises:
-    ValueError: an argument is none of these; the message says what was expected.
+    ValueError: a field of the config is unknown; the message says what was expected.
   """
-  name, _, patch = variant.partition("/")
-  if name not in VARIANTS or not re.fullmatch("[1-9][0-9]*", patch):
-    raise ValueError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)} and a patch size, such as S/16")
-  P, (D, depth, M, N) = int(patch), VARIANTS[name]
-  if image_size < P or image_size % P:
-    raise ValueError(f"image_size {image_size}: expected a multiple of the patch size, {P} (variant {variant})")
-  for key, value, known in (("posemb", posemb, ("sincos2d", "learned")), ("pool", pool, ("gap", "cls")),
-                            ("head", head, ("mlp", "linear"))):
-    if value not in known:
-      raise ValueError(f"{key} {value!r}: expected {' or '.join(known)}")
-  H, L = D // N, (image_size // P) ** 2
-
-  zeros, ones, normal = jax.nn.initializers.zeros, jax.nn.initializers.ones, jax.nn.initializers.normal
+  P, D, blocks, M, N = config.sizes
+  H, L, C = D // N, (config.image_size // P) ** 2, config.num_classes
+  zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+  normal, xavier = jax.nn.initializers.normal, jax.nn.initializers.xavier_uniform
   lecun = jax.nn.initializers.lecun_normal()  # fan-in P*P*3 for the patches, D for a matrix
-  xavier = jax.nn.initializers.xavier_uniform
-  # Query, key, value and out are D x D matrices. The axes are given, as the default ones would take N or D for a
-  # receptive field and bound the values by 0.015 instead of sqrt(6 / 2D) = 0.088.
+  # Query, key, value and out are D x D matrices. The axes are given, as the default ones would take
+  # N or D for a receptive field and bound the values by 0.015 instead of sqrt(6 / 2D) = 0.088.
   to_heads, from_heads = xavier(in_axis=0, out_axis=(1, 2)), xavier(in_axis=(0, 1), out_axis=2)
 
   table = {"embedding/kernel": ((P, P, 3, D), lecun), "embedding/bias": ((D,), zeros)}
-  if posemb == "learned":
+  if config.posemb == "learned":
     table["pos_embedding"] = ((1, L, D), normal(1 / math.sqrt(D)))
-  if pool == "cls":
+  if config.pool == "cls":
     table["cls"] = ((1, 1, D), zeros)
-  for i in range(depth):
-    block = {}
-    for j in (0, 1):
-      block[f"LayerNorm_{j}/scale"] = ((D,), ones)
-      block[f"LayerNorm_{j}/bias"] = ((D,), zeros)
+  for i in range(blocks):
+    name = f"Transformer/encoderblock_{i}"
+    for norm in ("LayerNorm_0", "LayerNorm_1"):
+      table[f"{name}/{norm}/scale"] = ((D,), ones)
+      table[f"{name}/{norm}/bias"] = ((D,), zeros)
     for projection in ("query", "key", "value"):
-      block[f"MultiHeadDotProductAttention_0/{projection}/kernel"] = ((D, N, H), to_heads)
-      block[f"MultiHeadDotProductAttention_0/{projection}/bias"] = ((N, H), zeros)
-    block["MultiHeadDotProductAttention_0/out/kernel"] = ((N, H, D), from_heads)
-    block["MultiHeadDotProductAttention_0/out/bias"] = ((D,), zeros)
-    block["MlpBlock_0/Dense_0/kernel"] = ((D, M), xavier())
-    block["MlpBlock_0/Dense_0/bias"] = ((M,), normal(1e-6))
-    block["MlpBlock_0/Dense_1/kernel"] = ((M, D), xavier())
-    block["MlpBlock_0/Dense_1/bias"] = ((D,), normal(1e-6))
-    table |= {f"Transformer/encoderblock_{i}/{key}": value for key, value in block.items()}
+      table[f"{name}/MultiHeadDotProductAttention_0/{projection}/kernel"] = ((D, N, H), to_heads)
+      table[f"{name}/MultiHeadDotProductAttention_0/{projection}/bias"] = ((N, H), zeros)
+    table[f"{name}/MultiHeadDotProductAttention_0/out/kernel"] = ((N, H, D), from_heads)
+    table[f"{name}/MultiHeadDotProductAttention_0/out/bias"] = ((D,), zeros)
+    table[f"{name}/MlpBlock_0/Dense_0/kernel"] = ((D, M), xavier())
+    table[f"{name}/MlpBlock_0/Dense_0/bias"] = ((M,), normal(1e-6))
+    table[f"{name}/MlpBlock_0/Dense_1/kernel"] = ((M, D), xavier())
+    table[f"{name}/MlpBlock_0/Dense_1/bias"] = ((D,), normal(1e-6))
   table["Transformer/encoder_norm/scale"] = ((D,), ones)
   table["Transformer/encoder_norm/bias"] = ((D,), zeros)
-  if head == "mlp":
+  if config.head == "mlp":
     table["pre_logits/kernel"] = ((D, D), lecun)
     table["pre_logits/bias"] = ((D,), zeros)
-  table["head/kernel"] = ((D, num_classes), zeros)  # zero, so that the first loss is exactly log(C)
-  table["head/bias"] = ((num_classes,), zeros)
+  table["head/kernel"] = ((D, C), zeros)  # zero, so that the first loss is exactly log(C)
+  table["head/bias"] = ((C,), zeros)
   return table
 
 
-def init_params(seed, table):
-  """Draws the parameters of a `parameter_table`: a nested dict of float32 arrays.
+def init_params(seed, config=Config()):
+  """Draws the parameters: a nested dict of float32 arrays.
 
   An array depends on the seed and on its own name alone, so that an ablation changes no other array.
   """
   key = jax.random.key(seed)
   return unflatten({name: init(jax.random.fold_in(key, zlib.crc32(name.encode())), shape)
-                    for name, (shape, init) in table.items()})
+                    for name, (shape, init) in parameter_table(config).items()})
 
 
 def flatten(tree):
-  """{"head": {"bias": x}} -> {"head/bias": x}, for any tree; the names are those of the published checkpoints."""
+  """{"head": {"bias": x}} -> {"head/bias": x}, for any tree: the published checkpoints' names."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -125,203 +145,336 @@ def unflatten(flat):
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split("/")
-    functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
   return tree
 
 
-# --- The model --------------------------------------------------------------------------------------------------------
+# --- Layers, in the order in which an image meets them --------------------------------------------
+
+# float32 means float32: by default TPUs and recent GPUs round what they multiply, whatever its type.
+PRECISION = {"float32": "highest", "bfloat16": "default"}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(spec, x, w, dtype):
-  """`jnp.einsum(spec, x, w)` with inputs rounded to `dtype`, accumulated and returned in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec, x, kernel):
+  """`jnp.einsum(spec, x, kernel)` of a float32 kernel, in the type of x, whose gradient is exact.
 
-  With bfloat16 this is what a TPU does to float32 arrays by default, here on every device. It has a derivative of its own
-  because autodiff would not round the float32 cotangent, so that the two products of the backward pass would not be in
-  `dtype`.
+  Autodiff would return the kernel's gradient in the type of x, so that several devices would round
+  their parts to bfloat16 before they add them up. This derivative returns it in float32, as it
+  leaves the accumulator; it costs no time.
   """
-  precision = "highest" if dtype == jnp.float32 else None  # else TPUs and GPUs round float32 inputs all the same
-  return jnp.einsum(spec, x.astype(dtype), w.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+  return jnp.einsum(spec, x, kernel.astype(x.dtype), precision=PRECISION[x.dtype.name])
 
 
-def _einsum_forward(spec, x, w, dtype):
-  x = x.astype(dtype)  # the backward pass reads the rounded copy
-  return einsum(spec, x, w, dtype), (x, w)
+def _product_backward(spec, inputs, gradient):
+  (x, kernel), (left, right, out) = inputs, re.split(",|->", spec)
+  einsum = functools.partial(jnp.einsum, precision=PRECISION[x.dtype.name])
+  return (einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype)),
+          einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=jnp.float32))
 
 
-def _einsum_backward(spec, dtype, residuals, cotangent):
-  x, w = residuals
-  inputs, out = spec.split("->")
-  left, right = inputs.split(",")
-  return einsum(f"{out},{right}->{left}", cotangent, w, dtype), einsum(f"{left},{out}->{right}", x, cotangent, dtype)
+product.defvjp(lambda spec, x, kernel: (product(spec, x, kernel), (x, kernel)), _product_backward)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
-
-
-def dense(spec, p, x, dtype):
-  """The affine map `einsum(spec, x, kernel) + bias`."""
-  return einsum(spec, x, p["kernel"], dtype) + p["bias"]
-
-
-# The backward pass recomputes what these two hold inside, which is cheap, and so keeps only their input.
-
-
-@jax.checkpoint
-def layer_norm(p, x):
-  """Normalises the last axis of x float32, with eps 1e-6 (Ba et al., arXiv 1607.06450)."""
-  x = x - x.mean(-1, keepdims=True)
-  return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
-
-
-@jax.checkpoint
-def gelu(x):
-  """The tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415), which the published run uses.
-
-  x/2 (1 + tanh u) is x / (1 + exp(-2u)). As a division, because XLA repeats what it takes for cheap, such as a product, in
-  each of its readers; one of them reads it transposed, which on a CPU takes a sixth of the step.
-  """
-  u = math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)
-  return x / (1 + jnp.exp(jnp.minimum(-2 * u, 80)))  # 80: exp stays finite, and its derivative a number
-
-
-jax.config.update("jax_softmax_custom_jvp", True)  # the backward pass of jax.nn.softmax keeps its result, not its parts
+def dense(spec, p, x):
+  """The affine map `einsum(spec, x, kernel) + bias` in the type of x. The sum is float32, hence the
+  bias's gradient, too."""
+  return (product(spec, x, p["kernel"]) + p["bias"]).astype(x.dtype)
 
 
 def sincos2d(h, w, D):
-  """The fixed position embedding, [h*w, D] float32, tokens in row-major order (MoCo v3, arXiv 2104.02057)."""
+  """The fixed position embedding [h*w, D] float32, row by row (MoCo v3, arXiv 2104.02057)."""
   y, x = np.mgrid[:h, :w].reshape(2, -1, 1)
   omega = 10_000.0 ** (-np.arange(D // 4) / (D / 4 - 1))
-  return np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], 1).astype(np.float32)
+  waves = [np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)]
+  return np.concatenate(waves, 1).astype(np.float32)
 
 
-def embed(params, images, dtype):
-  """Images [B, I, I, 3] -> tokens [B, L, D]: patches, position embedding, [cls] token if the model has one."""
-  P, _, _, D = params["embedding"]["kernel"].shape
+def embed(params, images, config):
+  """Images [B, I, I, 3] -> tokens [B, L, D] float32: patches, their positions, perhaps [cls]."""
+  P, D, *_ = config.sizes
   B, h, w = images.shape[0], images.shape[1] // P, images.shape[2] // P
-  # A convolution of stride P is one matrix product over patches.
-  patches = images.reshape(B, h, P, w, P, 3).transpose(0, 1, 3, 2, 4, 5).reshape(B, h * w, P * P * 3)
-  p = params["embedding"]
-  x = dense("blp,pd->bld", {"kernel": p["kernel"].reshape(P * P * 3, D), "bias": p["bias"]}, patches, dtype)
-  x += params["pos_embedding"] if "pos_embedding" in params else sincos2d(h, w, D)
-  if "cls" in params:  # prepended after the position embedding is added: [cls] has no position
+  # A convolution of stride P is one matrix product over patches of i x j pixels and c colours.
+  patches = images.astype(config.dtype).reshape(B, h, P, w, P, 3)
+  x = dense("byixjc,ijcd->byxd", params["embedding"], patches).reshape(B, h * w, D)
+  x += params["pos_embedding"] if config.posemb == "learned" else sincos2d(h, w, D)
+  if config.pool == "cls":  # prepended after the positions are added: [cls] has none
     x = jnp.concatenate([jnp.broadcast_to(params["cls"], (B, 1, D)), x], 1)
   return x
 
 
-def queries_keys_values(p, x, dtype):
-  """The three projections of normalised tokens [B, L, D] -> [B, N, L, H] each, as one product, which is faster."""
-  D, N, H = p["query"]["kernel"].shape
-  names = ("query", "key", "value")
-  joined = {"kernel": jnp.concatenate([p[name]["kernel"].reshape(D, D) for name in names], 1),  # [D, 3*D]
-            "bias": jnp.concatenate([p[name]["bias"].reshape(D) for name in names])}
-  return [y.reshape(*x.shape[:2], N, H).swapaxes(1, 2) for y in jnp.split(dense("bld,de->ble", joined, x, dtype), 3, -1)]
+def layer_norm(p, x):
+  """Normalises the last axis of x float32, with eps 1e-6 (Ba et al., arXiv 1607.06450).
+
+  The variance is E[x^2] - E[x]^2, as in the library that the published code builds on.
+  """
+  return jax.nn.standardize(x, epsilon=1e-6) * p["scale"] + p["bias"]
 
 
-def attention_probs(q, k, dtype):
-  """softmax(q k^T / sqrt(H)) for q, k [B, N, L, H] -> [B, N, L, L] float32."""
-  return jax.nn.softmax(einsum("bnqh,bnkh->bnqk", q, k, dtype) / math.sqrt(q.shape[-1]))
+def queries_keys_values(p, x):
+  """The three projections of tokens [B, L, D] -> [B, L, N, H] each."""
+  return [dense("bld,dnh->blnh", p[name], x) for name in ("query", "key", "value")]
 
 
-def attention(q, k, v, dtype):
-  """Multi-head self-attention, q, k, v [B, N, L, H] -> [B, L, N, H] float32."""
-  # cuDNN's attention never stores the [L, L] matrices. Its derivative takes an even L only, which a [cls] token makes odd.
-  if jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and q.shape[2] % 2 == 0:
-    q, k, v = (x.astype(dtype).swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").astype(jnp.float32)
-  return einsum("bnqk,bnkh->bnqh", attention_probs(q, k, dtype), v, dtype).swapaxes(1, 2)
+def attention(p, x, config):
+  """Multi-head self-attention, [B, L, D] -> [B, L, D]; softmax(q k^T / sqrt(H)) is float32."""
+  q, k, v = queries_keys_values(p, x)
+  # cuDNN never stores the L x L matrices. It takes bfloat16, and for JAX only an even L, which a
+  # [cls] token makes odd.
+  fused = config.attention == "cudnn" and x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0
+  with jax.default_matmul_precision(PRECISION[config.dtype]):
+    y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+  return dense("blnh,nhd->bld", p["out"], y)
 
 
-def block(p, x, dtype):
-  """One pre-LN encoder block, [B, L, D] -> [B, L, D]. The residual stream stays float32."""
-  attn, mlp = p["MultiHeadDotProductAttention_0"], p["MlpBlock_0"]
-  y = attention(*queries_keys_values(attn, layer_norm(p["LayerNorm_0"], x), dtype), dtype)
-  x += dense("blnh,nhd->bld", attn["out"], y, dtype)
-  y = gelu(dense("bld,dm->blm", mlp["Dense_0"], layer_norm(p["LayerNorm_1"], x), dtype))
-  return x + dense("blm,md->bld", mlp["Dense_1"], y, dtype)
+def mlp(p, x):
+  """Two layers with the tanh form of GELU (arXiv 1606.08415) between them, [B, L, D] -> [B, L, D]."""
+  y = jax.nn.gelu(dense("bld,dm->blm", p["Dense_0"], x), approximate=True)
+  return dense("blm,md->bld", p["Dense_1"], y)
 
 
-def classify(params, x, dtype):
-  """Tokens [B, L, D] -> logits [B, C] float32: final LayerNorm on all tokens, then pooling, then the head."""
+def block(p, x, config):
+  """One pre-LN encoder block, [B, L, D] -> [B, L, D]. The residual stream x stays float32."""
+  y = layer_norm(p["LayerNorm_0"], x).astype(config.dtype)
+  x += attention(p["MultiHeadDotProductAttention_0"], y, config)
+  y = layer_norm(p["LayerNorm_1"], x).astype(config.dtype)
+  return x + mlp(p["MlpBlock_0"], y)
+
+
+def encode(params, images, config, blocks, remat=False):
+  """Images [B, I, I, 3] -> tokens [B, L, D] float32 after the first `blocks` blocks."""
+  x = embed(params, images, config)
+  apply = jax.checkpoint(block, static_argnums=2) if remat else block
+  for i in range(blocks):
+    x = apply(params["Transformer"][f"encoderblock_{i}"], x, config)
+  return x
+
+
+def classify(params, x, config):
+  """Tokens [B, L, D] -> logits [B, C], all float32: LayerNorm of all tokens, then pooling, then head."""
   x = layer_norm(params["Transformer"]["encoder_norm"], x)
-  x = x[:, 0] if "cls" in params else x.mean(1)  # [B, D]; without [cls], all tokens are patches
-  if "pre_logits" in params:
-    x = jnp.tanh(dense("bd,de->be", params["pre_logits"], x, dtype))
-  return dense("bd,dc->bc", params["head"], x, dtype)
+  x = x[:, 0] if config.pool == "cls" else x.mean(1)  # [B, D]
+  if config.head == "mlp":
+    x = jnp.tanh(dense("bd,de->be", params["pre_logits"], x))
+  return dense("bd,dc->bc", params["head"], x)
 
 
-def forward(params, images, dtype=jnp.bfloat16, remat=False):
-  """Images in [-1, 1], [B, I, I, 3] -> logits [B, C] float32.
+def forward(params, images, config=Config(), remat=False):
+  """Images in [-1, 1], [B, I, I, 3] of any float type -> logits [B, C] float32.
 
   Args:
-    params: nested dict of float32 arrays, of a `parameter_table`.
-    images: of any float dtype; rounded to `dtype`.
-    dtype: what matrix products read; they accumulate in float32.
-    remat: keep only the tokens between the blocks for the backward pass; saves memory, costs one more forward pass.
+    params: nested dict of float32 arrays, of `init_params` or `load`.
+    images: rounded to `config.dtype`.
+    config: the model's; its dtype is that of products and of activations inside a block. Residual
+      stream, LayerNorm, softmax and head are float32.
+    remat: keep only the tokens between the blocks for the backward pass, and compute the rest once
+      more; saves memory.
   """
-  x = embed(params, images, dtype)
-  apply_block = jax.checkpoint(block, static_argnums=2) if remat else block
-  for i in range(depth(params)):
-    x = apply_block(params["Transformer"][f"encoderblock_{i}"], x, dtype)
-  return classify(params, x, dtype)
+  _, _, blocks, *_ = config.sizes
+  return classify(params, encode(params, images, config, blocks, remat), config)
 
 
-def depth(params):
-  """The number of encoder blocks."""
-  return sum(name.startswith("encoderblock_") for name in params["Transformer"])
-
-
-def attention_map(params, images, dtype=jnp.float32):
+def attention_map(params, images, config=Config()):
   """Where the model looks: attention of the last block, averaged over heads, [B, I/P, I/P] float32.
 
-  It is what the [cls] token attends to, or, as pooling takes the mean of all tokens, the mean over what they attend to.
+  It is what the [cls] token attends to, or, as pooling takes the mean of all tokens, the mean over
+  what they attend to.
   """
-  x, P = embed(params, images, dtype), params["embedding"]["kernel"].shape[0]
-  *blocks, last = (params["Transformer"][f"encoderblock_{i}"] for i in range(depth(params)))
-  for p in blocks:
-    x = block(p, x, dtype)
-  q, k, _ = queries_keys_values(last["MultiHeadDotProductAttention_0"], layer_norm(last["LayerNorm_0"], x), dtype)
-  probs = attention_probs(q, k, dtype).mean(1)  # [B, L, L]
-  weights = probs[:, 0, 1:] if "cls" in params else probs.mean(1)
+  P, _, blocks, *_ = config.sizes
+  x = encode(params, images, config, blocks - 1)
+  p = params["Transformer"][f"encoderblock_{blocks - 1}"]
+  y = layer_norm(p["LayerNorm_0"], x).astype(config.dtype)
+  q, k, _ = queries_keys_values(p["MultiHeadDotProductAttention_0"], y)
+  scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+  probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1])).mean(1)  # [B, L, L]
+  weights = probs[:, 0, 1:] if config.pool == "cls" else probs.mean(1)
   return weights.reshape(len(images), images.shape[1] // P, -1)
 
 
-def flops(table, image_size):
-  """Floating-point operations of the matrix products in the forward pass of one image, a multiply-add as two.
+def flops(config=Config()):
+  """Floating-point operations of the products for one image, forward; a multiply-add counts as two."""
+  P, D, blocks, *_ = config.sizes
+  patches = (config.image_size // P) ** 2
+  L = patches + (config.pool == "cls")
+  uses = {"embedding": patches, "Transformer": L, "pre_logits": 1, "head": 1}  # tokens a kernel meets
+  kernels = sum(uses[name.split("/")[0]] * math.prod(shape)
+                for name, (shape, _) in parameter_table(config).items() if name.endswith("/kernel"))
+  return 2 * (kernels + blocks * 2 * L * L * D)  # q k^T and probs v
 
-  Args:
-    table: a `parameter_table`.
-    image_size: I, in pixels.
+
+# --- Weights from a file --------------------------------------------------------------------------
+
+
+class Info(NamedTuple):
+  """What a file of weights says about them."""
+
+  config: Config = Config()
+  label_names: tuple = ()  # the C classes, in the order of the logits; () if the file does not say
+  recipe: dict = {}  # the flags of train.py that made it; {} if it did not
+  step: int = None  # how many updates; None if the file does not say
+
+
+def read_npz(path, skip=()):
+  """{name: array} of an .npz file, without the names that start with one of `skip`.
+
+  Nothing is unpickled. bfloat16, which numpy stores as two raw bytes, is bfloat16 again.
+
+  Raises:
+    WeightsError: it is not there, is damaged, or holds anything but arrays of numbers and strings.
   """
-  shapes = {name: shape for name, (shape, _) in table.items()}
+  try:
+    if "://" in path:  # gs:// and the like
+      import tensorflow as tf  # pylint: disable=g-import-not-at-top
+      file = tf.io.gfile.GFile(path, "rb")
+    else:
+      file = open(path, "rb")
+    with file, np.load(file) as npz:
+      declared, stored = (sum(getattr(entry, size) for entry in npz.zip.infolist())
+                          for size in ("file_size", "compress_size"))
+      if declared > 20 * stored + 2 ** 20:  # numbers hardly compress; this is a bomb
+        raise ValueError(f"its {stored:,} bytes claim to be {declared:,}")
+      arrays = {name: npz[name] for name in npz.files if not name.startswith(skip)}
+    return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in arrays.items()}
+  except Exception as error:  # whatever the file system, zipfile and numpy make of something else
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise WeightsError(f"{path} is not a checkpoint that can be read ({reason}); expected an .npz "
+                     "file of arrays") from None
+
+
+# The first releases of the authors' ViTs (vit_jax, augreg) had other names: today's for them.
+OLD_NAMES = {
+    "Transformer/posembed_input/pos_embedding": "pos_embedding",
+    "Transformer/pos_embedding": "pos_embedding",
+    "/MultiHeadDotProductAttention_1/": "/MultiHeadDotProductAttention_0/",
+    "/LayerNorm_2/": "/LayerNorm_1/",
+    "/MlpBlock_3/": "/MlpBlock_0/",
+}
+
+
+def load(path):
+  """Reads the weights in an .npz file: a checkpoint of ours, or any of the published families.
+
+  The names may be bare, or under "params/" (as ours) or "opt/target/"; today's, or OLD_NAMES; the
+  arrays of all blocks may be stacked into one.
+
+  Returns:
+    params: nested dict of float32 arrays, as `init_params` gives; without "head" if there is none.
+    info: an `Info`; its config has 0 classes if there is no head.
+
+  Raises:
+    WeightsError: no such file, no ViT in it, or arrays that are missing, unknown, of another shape,
+      not floats or not finite; the message lists them all.
+  """
+  rest = read_npz(path, skip=("opt_state/", "opt/state/"))
+  prefix = next((p for p in ("params/", "opt/target/") if any(k.startswith(p) for k in rest)), "")
+  params = {}
+  for name in [name for name in rest if name.startswith(prefix)]:
+    array = rest.pop(name)
+    name = name.removeprefix(prefix)
+    for old, new in OLD_NAMES.items():
+      name = name.replace(old, new)
+    stacked = name.removeprefix("Transformer/encoderblock/")
+    if stacked == name:
+      params[name] = array
+    else:
+      params |= {f"Transformer/encoderblock_{i}/{stacked}": x
+                 for i, x in enumerate(np.atleast_1d(array))}
+  try:
+    L = params["pos_embedding"].shape[1] if "pos_embedding" in params else 0
+    if "cls" in params and math.isqrt(L) ** 2 < L:
+      # Older models gave [cls] a position, too: a constant that is added to a constant.
+      params["cls"] = params["cls"] + params["pos_embedding"][:, :1]
+      params["pos_embedding"] = params["pos_embedding"][:, 1:]
+    config = _config_of({name: x.shape for name, x in params.items()}, rest)
+    table = parameter_table(config)
+  except (KeyError, IndexError, TypeError, ValueError) as error:
+    raise WeightsError(f"--init={path}: no ViT in it that this code knows ({error})") from None
+  if not config.num_classes:
+    table = {name: row for name, row in table.items() if not name.startswith("head/")}
+  wrong = [f"{name} missing" for name in table.keys() - params.keys()]
+  wrong += [f"{name} unknown" for name in params.keys() - table.keys()]
+  for name in table.keys() & params.keys():
+    x, shape = params[name], table[name][0]
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.floating):
+      wrong.append(f"{name} {x.dtype} {x.shape}, expected floats {shape}")
+    elif not np.isfinite(x.astype(np.float32)).all():
+      wrong.append(f"{name} not finite")
+  if wrong:
+    raise WeightsError(f"--init={path} does not fit: {'; '.join(sorted(wrong))}")
+  names = rest["label_names"].tolist() if "label_names" in rest else map(str, range(config.num_classes))
+  info = Info(config, tuple(names), json.loads(rest["flags"].item()) if "flags" in rest else {},
+              int(rest["step"]) if "step" in rest else None)
+  return unflatten({name: x.astype(np.float32) for name, x in params.items()}), info
+
+
+def _config_of(shapes, rest):
+  """The Config of parameters {name: shape}: what the file says of itself, or what they show."""
+  C, = shapes.get("head/bias", (0,))
+  if "config" in rest:  # a checkpoint of ours; a field that this code does not know is a TypeError
+    return Config(**json.loads(rest["config"].item()))._replace(num_classes=C)
+  first = "Transformer/encoderblock_0"
   P, _, _, D = shapes["embedding/kernel"]
-  patches = (image_size // P) ** 2
-  L = patches + ("cls" in shapes)
-  uses = {"embedding": patches, "pre_logits": 1, "head": 1}  # how many tokens a kernel meets; L for all others
-  kernels = sum(uses.get(name.split("/")[0], L) * math.prod(shape)
-                for name, shape in shapes.items() if name.endswith("/kernel"))
-  blocks = sum(name.endswith("/query/kernel") for name in shapes)
-  return 2 * (kernels + blocks * 2 * L * L * D)  # q k and probs v
+  M, = shapes[f"{first}/MlpBlock_0/Dense_0/bias"]
+  N, _ = shapes[f"{first}/MultiHeadDotProductAttention_0/query/bias"]
+  _, L, _ = shapes.get("pos_embedding", (1, 0, D))
+  sizes = D, sum(name.endswith("/query/bias") for name in shapes), M, N
+  variant = next((name for name, known in VARIANTS.items() if known == sizes), None)
+  if not variant:
+    raise ValueError(f"width, blocks, MLP width and heads {sizes} are no variant of model.VARIANTS")
+  config = Config(f"{variant}/{P}", math.isqrt(L) * P or Config().image_size,
+                  "learned" if L else "sincos2d", "cls" if "cls" in shapes else "gap",
+                  "mlp" if "pre_logits/kernel" in shapes else "linear", C)
+  older = json.loads(rest["flags"].item()) if "flags" in rest else {}  # a checkpoint of ours, too
+  return config._replace(**{field: older[field] for field in ("image_size", "dtype") if field in older})
+
+
+def fit(params, old, new):
+  """Parameters of the Config `old` for `new`, which may differ in image size, classes and dtype.
+
+  A learned position embedding is resampled. WeightsError if anything else differs.
+  """
+  for field in ("variant", "posemb", "pool", "head"):
+    have, want = getattr(old, field), getattr(new, field)
+    if have != want:
+      raise WeightsError(f"--{field}={want} contradicts --init, which holds {field}={have}")
+  L = (new.image_size // new.sizes[0]) ** 2
+  if new.posemb == "learned" and params["pos_embedding"].shape[1] != L:
+    params = params | {"pos_embedding": resample_posemb(params["pos_embedding"], L)}
+  return params
+
+
+def resample_posemb(posemb, L):
+  """A learned position embedding [1, h*h, D] for another square grid: bilinear, corners aligned."""
+  old, new = math.isqrt(posemb.shape[1]), math.isqrt(L)
+  grid = posemb.reshape(old, old, -1)
+  for axis in (0, 1):
+    where = np.linspace(0, old - 1, new)
+    along = lambda line: np.interp(where, np.arange(old), line)  # pylint: disable=cell-var-from-loop
+    grid = np.apply_along_axis(along, axis, grid)
+  return grid.reshape(1, L, -1).astype(np.float32)
 
 
 def main(_):
-  names = ("variant", "image_size", "posemb", "pool", "head", "num_classes")
+  config = Config(**{field: FLAGS[field].value for field in Config._fields})
   try:
-    table = parameter_table(*(FLAGS[name].value for name in names))
-  except ValueError as error:
-    sys.exit(f"Error: --{error}")
-  for name, array in flatten(init_params(0, table)).items():
-    print(f"{name:76} {str(array.shape):19} {array.size:10,}  mean {array.mean():9.2e}  std {array.std():8.2e}")
-  print(f"{sum(math.prod(shape) for shape, _ in table.values()):,} parameters. One {FLAGS.image_size} x {FLAGS.image_size} "
-        f"image: {flops(table, FLAGS.image_size) / 1e9:.2f} GFLOP forward, three times that in training.")
+    table = parameter_table(config)
+  except WeightsError as error:
+    sys.exit(f"Error: {error}")
+  params = flatten(init_params(0, config))
+  for name in table:  # in this order, which is the layers'
+    x = params[name]
+    print(f"{name:76} {str(x.shape):19} {x.size:10,}  mean {x.mean():9.2e}  std {x.std():8.2e}")
+  print(f"{sum(x.size for x in params.values()):,} parameters. One {config.image_size} x "
+        f"{config.image_size} image: {flops(config) / 1e9:.2f} GFLOP forward, three times that in "
+        "training.")
 
 
 if __name__ == "__main__":
   FLAGS = flags.FLAGS
-  flags.DEFINE_string("variant", "S/16", "Model size and patch size.")
-  flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
-  flags.DEFINE_string("posemb", "sincos2d", "sincos2d or learned.")
-  flags.DEFINE_string("pool", "gap", "gap or cls.")
-  flags.DEFINE_string("head", "mlp", "mlp or linear.")
-  flags.DEFINE_integer("num_classes", 1000, "Classes.")
+  for _name, _default in Config._field_defaults.items():
+    _define = flags.DEFINE_integer if isinstance(_default, int) else flags.DEFINE_string
+    _define(_name, _default, "A field of Config.")
   app.run(main)

@@ -1,20 +1,20 @@
 """Trains and evaluates the plain ViT of "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580).
 
-    python train.py                                             # the report's first row: ViT-S/16, 90 epochs of ImageNet
-    python train.py --dataset=patterns ...                      # the demo; README.md has the whole line
-    python train.py --eval_only --init=vit_s16_i1k_90ep.npz     # evaluates published or own weights
-    python train.py --predict=a.jpg,b.png --init=FILE.npz       # names what is in pictures
-    python train.py --benchmark                                 # the update step's speed
+    python train.py                                          # the report's first row: 90 epochs
+    python train.py --dataset=patterns ...                   # the demo; README.md has the whole line
+    python train.py --eval_only --init=vit_s16_i1k_90ep.npz  # evaluates published or own weights
+    python train.py --init=FILE.npz --predict a.jpg b.png    # names what is in pictures
+    python train.py --benchmark [--topology=v3:2x2]          # the speed of a step, here or on a TPU
 
-The default of every flag is the published run. First comes the method: schedule, optimiser, update; then `main`: data,
-parameters, optimiser, step, loop; then what they build on. All of it functions to be imported by tests and forks.
+The default of every flag is the published run. First comes the method, then `main`, then what it
+stands on. Only `main` and what it starts instead of training read flags; all else takes arguments.
 
-Shapes: B batch, I image side, P patch side, L tokens, D width, C classes.
+Shapes: B batch, b this process's share of it, I image side, C classes.
 """
 
 import collections
-from concurrent import futures
 import contextlib
+from concurrent import futures
 import datetime
 import functools
 import io
@@ -27,13 +27,6 @@ import statistics
 import sys
 import time
 
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-  # XLA takes fresh memory for the temporaries of every step. In pages of 2 MB instead of 4 kB that makes a step on a CPU
-  # 1.3 times as fast. The C library reads this setting when a process starts, so: start again.
-  os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-  os.execv(sys.executable, sys.orig_argv)
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # spare the reader TensorFlow's start-up messages
-
 from absl import app
 from absl import flags
 from absl import logging
@@ -43,66 +36,64 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
+
+import input_pipeline  # before tensorflow, to which it says how much to print
 import tensorflow as tf
 
 import augment
-import input_pipeline
 import model
 
 FLAGS = flags.FLAGS
 
-# The recipe
+# The recipe: a run resumes only with the same values, unless --allow_changes.
 flags.DEFINE_float("epochs", 90, "Passes over the training split: 90, 150 or 300 in the report.", 0)
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices and processes.", 1)
-flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or path of a folder SPLIT/CLASS/IMAGE.jpg.")
-flags.DEFINE_string("train_split", "train[:99%]", "What to train on; the last percent of ImageNet's is 'minival'.")
-flags.DEFINE_string("variant", "S/16", "Model size and patch size: mu, Ti, S, M, B, L or H (or demo) / pixels.")
+flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder's path.")
+flags.DEFINE_string("train_split", "train[:99%]", "What to train on; ImageNet's rest is 'minival'.")
+flags.DEFINE_string("variant", "S/16", "Size: mu, Ti, S, M, B, L or H (or demo) / patch in pixels.")
 flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
-flags.DEFINE_enum("posemb", "sincos2d", ["sincos2d", "learned"], "Position embedding.")
-flags.DEFINE_enum("pool", "gap", ["gap", "cls"], "Classify the mean of all tokens, or a [cls] token.")
-flags.DEFINE_enum("head", "mlp", ["mlp", "linear"], "Classifier: one hidden tanh layer, or none.")
-flags.DEFINE_integer("randaug_layers", 2, "Operations of RandAugment on each image; 0 turns it off.", 0)
-flags.DEFINE_float("randaug_magnitude", 10, "Magnitude of RandAugment's operations.", 0, 20)  # 20: posterize keeps all 8 bits
+flags.DEFINE_enum("posemb", "sincos2d", model.CHOICES["posemb"], "Position embedding.")
+flags.DEFINE_enum("pool", "gap", model.CHOICES["pool"], "Classify the mean token, or a [cls] token.")
+flags.DEFINE_enum("head", "mlp", model.CHOICES["head"], "One hidden tanh layer, or none.")
+flags.DEFINE_integer("randaug_layers", 2, "RandAugment's operations on each image; 0: off.", 0)
+flags.DEFINE_float("randaug_magnitude", 10, "Magnitude of RandAugment's operations.", 0, 20)
 flags.DEFINE_float("mixup", 0.2, "p of Mixup's Beta(p, p); 0 turns it off.", 0)
 flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
-flags.DEFINE_float("weight_decay", 1e-4, "Decay of kernels per step at the schedule's peak; not multiplied by --lr.", 0)
+flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, per step at the peak; not multiplied by --lr.", 0)
 flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0 turns it off.", 0)
-flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0 turns clipping off.", 0)
-flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Inputs of matrix products; they accumulate in float32.")
-flags.DEFINE_integer("seed", 0, "Seeds the initial parameters, the order of the data and the augmentations.", 0)
-flags.DEFINE_integer("grad_accum", 1, "Take the gradients of a batch in this many parts, to save memory.", 1)
-flags.DEFINE_string("init", None, "Start from the weights in this .npz: published ones or a checkpoint of ours.")
+flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: no clipping.", 0)
+flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Products and activations in a block. "
+                  "float32 is exact on every device, and slower than a GPU's TF32.")
+flags.DEFINE_integer("seed", 0, "Seeds parameters, order of the data and augmentations.", 0)
+flags.DEFINE_string("init", None, "Start from the weights in this .npz: published ones or ours.")
 
-# The run
-flags.DEFINE_string("workdir", "workdir", "Checkpoints, TensorBoard events and eval.json go here; the same command resumes.")
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps datasets (default: TFDS' own, ~/tensorflow_datasets).")
-flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
-flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations, with a checkpoint before each.", 1)
-flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; the last two are kept.", 1)
-flags.DEFINE_integer("keep_every", 0, "Also write a checkpoint every this many steps, and keep it; 0: none.", 0)
-flags.DEFINE_list("eval", ["minival", "val"], "What to evaluate: minival, val, real, v2, or splits of --dataset.")
-flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used instead of stopping.")
-flags.DEFINE_bool("allow_changes", False, "Resume although flags of the recipe have changed.")
-flags.DEFINE_bool("remat", False, "Recompute the blocks in the backward pass, to save memory; not on a CPU.")
-flags.DEFINE_string("coordinator", None, "Several processes that JAX does not find by itself: host:port of process 0.")
-flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
-flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is.")
-
-# What to do instead of training
-flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval and stop.")
-flags.DEFINE_list("predict", [], "Classify these pictures with --init and stop.")
-flags.DEFINE_string("export_timm", None, "Write --init to this .npz for timm and stop.")
-flags.DEFINE_bool("benchmark", False, "Measure the update step on random data and stop.")
+# All others change how a run is done, not what comes out of it.
+NOT_RECIPE = {flag.name for flag in (
+    flags.DEFINE_string("workdir", "workdir", "Checkpoints and logs go here; the same command resumes."),
+    flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets (default: TFDS' own)."),
+    flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1),
+    flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations.", 1),
+    flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; two are kept.", 1),
+    flags.DEFINE_integer("keep_every", 0, "Also keep the checkpoint of every so many steps.", 0),
+    flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2, or splits of --dataset."),
+    flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used."),
+    flags.DEFINE_bool("allow_changes", False, "Resume although the recipe has changed."),
+    flags.DEFINE_integer("grad_accum", 1, "Take a batch in this many parts, to save memory.", 1),
+    flags.DEFINE_bool("remat", False, "Compute blocks twice, to save memory; not on a CPU."),
+    flags.DEFINE_string("coordinator", None, "Of processes that JAX does not find: process 0's host:port."),
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are."),
+    flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is."),
+    # What to do instead of training
+    flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval and stop."),
+    flags.DEFINE_list("predict", [], "Classify these pictures, or folders of them, and stop."),
+    flags.DEFINE_string("export_timm", None, "Write --init to this .npz for timm and stop."),
+    flags.DEFINE_bool("benchmark", False, "Measure the update step on random data and stop."),
+    flags.DEFINE_string("topology", None, "With --benchmark: compile for this TPU, such as v3:2x2."))}
 
 for _name in ("epochs", "randaug_magnitude", "mixup", "lr", "weight_decay", "grad_clip_norm"):
   flags.register_validator(_name, math.isfinite, "expected a finite number")
 
-# The flags that define the experiment: a run resumes only with the same values.
-RECIPE = ("epochs", "batch_size", "dataset", "train_split", "variant", "image_size", "posemb", "pool", "head",
-          "randaug_layers", "randaug_magnitude", "mixup", "lr", "weight_decay", "warmup_steps", "grad_clip_norm", "dtype",
-          "seed", "init", "grad_accum")
-
-# What --eval can name besides splits of --dataset: the dataset (None: --dataset), the split, the feature of the label.
+# What --eval can name besides splits of --dataset: (data set, None for --dataset; split; label).
 EVALS = {
     "minival": (None, "train[99%:]", "label"),
     "val": (None, "validation", "label"),
@@ -121,27 +112,7 @@ def log(message):
     print(message, flush=True)
 
 
-@contextlib.contextmanager
-def log_write_errors(what):
-  """A full disk is no reason to lose a run: what could not be written is a line in the log."""
-  try:
-    yield
-  except (OSError, tf.errors.OpError) as error:
-    log(f"{what} could not be written ({error}); the run goes on.")
-
-
-# --- The method -------------------------------------------------------------------------------------------------------
-
-
-def make_schedule(warmup_steps, total_steps):
-  """Linear warm-up, then a cosine to zero: function(step) -> factor of the learning rate, 0 for the first update."""
-
-  def schedule(step):
-    warmup = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
-    progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
-    return warmup * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-  return schedule
+# --- The method -----------------------------------------------------------------------------------
 
 
 def make_optimizer(schedule, lr=1e-3, weight_decay=1e-4, grad_clip_norm=1.0):
@@ -149,193 +120,309 @@ def make_optimizer(schedule, lr=1e-3, weight_decay=1e-4, grad_clip_norm=1.0):
   is_kernel = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
   return optax.chain(
       optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity(),
-      optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # half the memory of the first moment
+      optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # half the memory
       optax.scale(lr),
-      # After the learning rate, hence not multiplied by it: 1e-4 here is what 1e-4 / 1e-3 = 0.1 is in other AdamWs.
+      # After the learning rate, hence not multiplied by it: 1e-4 here is 0.1 in other AdamWs.
       optax.add_decayed_weights(weight_decay, mask=is_kernel),
       optax.scale_by_schedule(schedule),
       optax.scale(-1.0))
 
 
-def make_update(tx, dtype=jnp.bfloat16, grad_accum=1, remat=False):
-  """The training step, jitted: function(state, batch) -> (state, metrics). It donates the old state.
+def loss_fn(params, batch, config, remat=False):
+  """Softmax cross-entropy with the (mixed) labels, the mean over a batch: float32 []."""
+  logits = model.forward(params, batch["images"], config, remat)
+  return optax.softmax_cross_entropy(logits, batch["labels"]).mean()
 
-  state: {"params", "opt_state", "step" int32 []}; batch: {"images" [B, I, I, 3], "labels" [B, C], ...}, of `put_batch`.
-  metrics: "loss", "grad_norm" (before clipping) and "param_norm" (after the update) float32 [], and those of `sum_host_info`.
+
+def loss_and_grads(params, batch, config, remat=False, grad_accum=1):
+  """The loss and its gradients, from `grad_accum` equal parts of the batch one after the other."""
+  grad_fn = functools.partial(jax.value_and_grad(loss_fn), config=config, remat=remat)
+  if grad_accum == 1:
+    return grad_fn(params, batch)
+  # [B, ...] -> [grad_accum, B / grad_accum, ...], every grad_accum-th row in a part, so that all
+  # devices share each part. The mean over parts of equal size is the mean over the batch.
+  parts = jax.tree.map(lambda x: x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1), batch)
+  add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, part)), None)
+  total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), parts)
+  return jax.tree.map(lambda x: x / grad_accum, total)
+
+
+received_signal = 0  # SIGTERM or SIGINT, of `handle_signal`
+
+
+def put(batch, split):
+  """This process's rows of a batch, {name: numpy array [b, ...]}, split over all devices: [B, ...].
+
+  A row more, "stop", tells all processes in the same step of a signal that one of them received.
+  """
+  stop = np.full(len(batch["images"]), received_signal, np.int32)
+  return jax.make_array_from_process_local_data(split, batch | {"stop": stop})
+
+
+def host_metrics(batch):
+  """What processes tell each other: "bad", how many rows could not be used, and "stop", a signal."""
+  return {"bad": batch["bad"].sum(), "stop": batch["stop"].max()}
+
+
+def make_eval_step(config, replicated, split):
+  """function(params, batch) -> {"count", "top1", "top5", "loss"} and `host_metrics`, sums over rows.
+
+  A prediction is right if it is in the set of labels of its row; the loss is against the labels in
+  equal parts. Only rows of the batch's mask count, and, as in ReaL, only those that have a label.
   """
 
-  def loss_fn(params, images, labels):
-    return optax.softmax_cross_entropy(model.forward(params, images, dtype, remat), labels).mean()
-
-  grad_fn = jax.value_and_grad(loss_fn)
-
-  def accumulate(params, *batch):  # the mean over parts of equal size is the mean over the batch
-    # [B, ...] -> [grad_accum, B / grad_accum, ...], every grad_accum-th row in a part, so that all devices share each part.
-    parts = [x.reshape(-1, grad_accum, *x.shape[1:]).swapaxes(0, 1) for x in batch]
-    add = lambda total, part: (jax.tree.map(jnp.add, total, grad_fn(params, *part)), None)
-    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), parts)
-    return jax.tree.map(lambda x: x / grad_accum, total)
-
-  @jax.jit(donate_argnums=0)
-  def update(state, batch):
-    compute = accumulate if grad_accum > 1 else grad_fn
-    loss, grads = compute(state["params"], batch["images"], batch["labels"])
-    updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
-    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics | sum_host_info(batch)
-
-  return update
-
-
-def make_eval_step(dtype=jnp.bfloat16):
-  """function(params, batch) -> {"count", "top1", "top5", "loss"}, sums over the rows that have a label.
-
-  A prediction is right if it is in the set of labels of its row. The loss is against the labels in equal parts.
-  """
-
-  @jax.jit
+  @jax.jit(in_shardings=(replicated, split), out_shardings=replicated)
   def eval_step(params, batch):
-    labels, logits = batch["labels"], model.forward(params, batch["images"], dtype)
-    mask = labels.any(1)
+    labels, logits = batch["labels"], model.forward(params, batch["images"], config)
+    counts = batch["mask"] & labels.any(1)
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    right = jnp.take_along_axis(labels, best, 1)
+    right = jnp.take_along_axis(labels, best, 1) * counts[:, None]
     loss = optax.softmax_cross_entropy(logits, labels / jnp.maximum(labels.sum(1, keepdims=True), 1))
-    return {"count": mask.sum(), "top1": right[:, 0].sum(), "top5": right.any(1).sum(),
-            "loss": jnp.where(mask, loss, 0).sum()} | sum_host_info(batch)
+    return {"count": counts.sum(), "top1": right[:, 0].sum(), "top5": right.any(1).sum(),
+            "loss": jnp.where(counts, loss, 0).sum()} | host_metrics(batch)
 
   return eval_step
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+def evaluate(params, evals, eval_step, split, prefix=""):
+  """Evaluates parameters on {name: (function() -> batches, what to say of them)} of `open_evals`.
+
+  Every image counts once, on any number of devices and processes.
+
+  Returns:
+    {prefix + name: {"count", "top1" and "top5" in percent, "loss", "bad", ...}}, and the number of a
+    signal that ended it, or 0.
+  """
+  results = {}
+  for name, (batches, about) in evals.items():
+    sums, last = collections.Counter(), {}
+    for batch in batches():
+      # The device works on this batch while the sums of the one before are read.
+      before, last = last, eval_step(params, put(batch, split))
+      sums.update({key: value.item() for key, value in before.items()})
+      if sums["stop"]:
+        return results, int(sums["stop"])
+    sums.update({key: value.item() for key, value in last.items()})
+    if not sums["count"]:
+      raise UserError(f"--eval: not one image of {name} has a label and can be used ({about})")
+    mean = {key: sums[key] / sums["count"] for key in ("top1", "top5", "loss")}
+    results[prefix + name] = {"count": sums["count"], "top1": 100 * mean["top1"], "top5": 100 *
+                              mean["top5"], "loss": mean["loss"], "bad": sums["bad"], **about}
+  return results, 0
 
 
-def main(_):
-  logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
-  start_processes()
-  dtype = jnp.dtype(FLAGS.dtype)
-  if FLAGS.benchmark:
-    return benchmark()
-  weights = {}
-  if FLAGS.init:
-    weights, rest = read_weights(FLAGS.init)
-    adopt_architecture(FLAGS.init, weights, rest)
-  if FLAGS.eval_only or FLAGS.predict or FLAGS.export_timm:
-    if not FLAGS.init:
-      raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz")
-    return use_weights(weights, rest, dtype)
+# --- Training -------------------------------------------------------------------------------------
+
+
+def check_batch_size(batch_size, devices, grad_accum):
+  """UserError unless every device gets the same number of rows in every part of a batch."""
+  if batch_size % (devices * grad_accum):
+    raise UserError(f"--batch_size={batch_size}: expected a multiple of {devices} devices times "
+                    f"--grad_accum={grad_accum}")
+
+
+def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000, lr=1e-3,
+                  weight_decay=1e-4, grad_clip_norm=1.0, grad_accum=1, remat=False):
+  """What is trained, and the step that does it.
+
+  Args:
+    config: a model.Config.
+    replicated, split: the shardings over the devices of the state, and of the rows of a batch.
+    The rest are the flags of the same names.
+
+  Returns:
+    init: function(params) -> state, a dict of all that training changes, which checkpoints hold.
+    step: function(state, batch of `put`) -> (state, metrics), jitted. It reuses the memory of the
+      state it is given. metrics, all []: "loss", "learning_rate", "grad_norm" (before clipping),
+      "param_norm" (after the update), and those of `host_metrics`.
+  """
+  if warmup_steps >= total_steps:
+    raise UserError(f"--warmup_steps={warmup_steps} is not shorter than the run of {total_steps} "
+                    f"steps: pass --warmup_steps={total_steps // 10} or more --epochs")
+  # Linear from 0 to 1, then a cosine to 0; 0 for the first update.
+  schedule = optax.warmup_cosine_decay_schedule(0, 1, warmup_steps, total_steps)
+  optimizer = make_optimizer(schedule, lr, weight_decay, grad_clip_norm)
+
+  def init(params):
+    return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+
+  @jax.jit(in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
+  def step(state, batch):
+    # The loss is a mean over rows that are split: hence XLA adds the gradients of all devices.
+    loss, grads = loss_and_grads(state["params"], batch, config, remat, grad_accum)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    metrics = {"loss": loss, "learning_rate": lr * schedule(state["step"]),
+               "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+    state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+    return state, metrics | host_metrics(batch)
+
+  return init, step
+
+
+def main(argv):
+  # One axis of devices: the state is the same on all of them, the rows of a batch are split.
+  start_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  mesh = Mesh(jax.devices(), ("data",))
+  replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+  # Model: as the flags say, and, with --init, otherwise as its file does
+  weights, info = model.load(FLAGS.init) if FLAGS.init else ({}, model.Info())
+  config = info.config._replace(
+      attention="cudnn" if mesh.devices.flat[0].platform == "gpu" else "xla",
+      **{field: FLAGS[field].value for field in model.Config._fields
+         if field in FLAGS and (FLAGS[field].present or not FLAGS.init)})
+  if FLAGS.benchmark or FLAGS.eval_only or FLAGS.predict or FLAGS.export_timm or argv[1:]:
+    return instead_of_training(argv, weights, info, config, replicated, split)
 
   # Data
-  recipe = {name: FLAGS[name].value for name in RECIPE}
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
-  num_classes = input_pipeline.num_classes(dataset)
+  weights, label_names = fit_weights(weights, info, config, dataset)
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
-  check_run(total_steps)
-  evals = open_evals(dataset)
+  check_batch_size(FLAGS.batch_size, jax.device_count(), FLAGS.grad_accum)
   train_batches = functools.partial(
-      input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size, image_size=FLAGS.image_size,
-      randaug_layers=FLAGS.randaug_layers, randaug_magnitude=FLAGS.randaug_magnitude, mixup_p=FLAGS.mixup, dtype=dtype,
-      seed=FLAGS.seed, process_index=jax.process_index(), process_count=jax.process_count(),
-      skip_bad_images=FLAGS.skip_bad_images)
+      input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size,
+      image_size=config.image_size, randaug_layers=FLAGS.randaug_layers,
+      randaug_magnitude=FLAGS.randaug_magnitude, mixup_p=FLAGS.mixup, dtype=config.dtype,
+      seed=FLAGS.seed, label_names=label_names, process_index=jax.process_index(),
+      process_count=jax.process_count(), skip_bad_images=FLAGS.skip_bad_images)
+  evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, config, label_names,
+                     FLAGS.skip_bad_images)
 
-  # Parameters
-  params = model.init_params(FLAGS.seed, flags_table(num_classes))
-  if weights:
-    params = model.unflatten(model.flatten(params) | fit_weights(weights, num_classes))
-
-  # Optimiser
-  schedule = make_schedule(FLAGS.warmup_steps, total_steps)
-  tx = make_optimizer(schedule, FLAGS.lr, FLAGS.weight_decay, FLAGS.grad_clip_norm)
-  state = {"params": params, "opt_state": tx.init(params), "step": np.int32(0)}
-  state = restore_checkpoint(FLAGS.workdir, state, recipe, FLAGS.allow_changes)
+  # Parameters, optimiser, step
+  config = config._replace(num_classes=len(label_names))
+  params = model.init_params(FLAGS.seed, config) | weights
+  init, train_step = make_training(
+      config, replicated, split, total_steps, warmup_steps=FLAGS.warmup_steps, lr=FLAGS.lr,
+      weight_decay=FLAGS.weight_decay, grad_clip_norm=FLAGS.grad_clip_norm,
+      grad_accum=FLAGS.grad_accum, remat=FLAGS.remat)
+  eval_step = make_eval_step(config, replicated, split)
+  recipe = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+            if flag.name not in NOT_RECIPE}
+  defaults = {name: flag.default for name, flag in recipe.items()} | {"data_order": 1}
+  recipe = {name: getattr(config, name, flag.value) for name, flag in recipe.items()}
+  recipe["data_order"] = input_pipeline.ORDER
+  state = restore_checkpoint(FLAGS.workdir, init(params), recipe, defaults, FLAGS.allow_changes)
   step = int(state["step"])
-  if np.ptp(multihost_utils.process_allgather(np.int32(step))):
-    raise UserError(f"the processes do not see the same checkpoints: --workdir={FLAGS.workdir} must be one that all share")
-  state = put_replicated(state)
-
-  # Step
-  update = make_update(tx, dtype, grad_accum=FLAGS.grad_accum, remat=FLAGS.remat)
-  eval_step = make_eval_step(dtype)
-  log(f"{FLAGS.variant} with {sum(x.size for x in jax.tree.leaves(params)):,} parameters on {jax.device_count()} x "
-      f"{jax.devices()[0].device_kind}: {total_steps:,} steps of {FLAGS.batch_size}, {num_examples:,} images an epoch.")
+  state = jax.make_array_from_process_local_data(replicated, state)
 
   # Loop
+  run_log = RunLog(FLAGS.workdir, total_steps, FLAGS.batch_size, num_examples, FLAGS.log_every)
+  log(f"{config.variant} with {sum(x.size for x in jax.tree.leaves(params)):,} parameters on "
+      f"{jax.device_count()} x {jax.devices()[0].device_kind}: {total_steps:,} steps of "
+      f"{FLAGS.batch_size}, {num_examples:,} images an epoch, in {FLAGS.workdir}.")
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, handle_signal)
-  train_log = TrainLog(total_steps, num_examples, schedule)
-  label_names = np.array(dataset.info.features["label"].names)
-  checkpointer = AsyncCheckpointer({"label_names": label_names, "flags": np.array(json.dumps(recipe))})
-  batches, unread, stop = train_batches(start_step=step), None, 0  # stop: the number of a signal
+  about = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
+           "config": np.array(json.dumps(config._replace(attention="xla")._asdict()))}
+  background, saved = futures.ThreadPoolExecutor(1), None
+  periods = FLAGS.eval_every, FLAGS.checkpoint_every, FLAGS.keep_every or total_steps
+  batches, stop = train_batches(start_step=step), 0  # stop: the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
-      results, stop = evaluate(state["params"], eval_step, evals, dtype)
+      results, stop = evaluate(state["params"], evals, eval_step, split)
       if not stop:  # else they are of a part only
-        train_log.evaluation(step, results)
-      if step >= total_steps or stop:
+        run_log.evaluation(step, results)
+      if stop or step >= total_steps:
         break
-    batch = train_log.wait_for(batches)
-    if step == 0:
-      train_log.events(step, {}, batch["images"])
-    state, metrics = update(state, put_batch(batch))
+    batch = run_log.wait_for(batches)
+    state, metrics = train_step(state, put(batch, split))
     step += 1
-    if unread:  # the metrics of the step before: the device works on this one meanwhile
-      stop = train_log.step(step - 1, unread)
-    unread = metrics
-    periods = FLAGS.eval_every, FLAGS.checkpoint_every, FLAGS.keep_every or total_steps
-    if stop or step == total_steps or any(step % period == 0 for period in periods):
-      stop, unread = train_log.step(step, unread) or stop, None  # what is not finite stops the run before it is saved
-      checkpointer.save(state)
-  checkpointer.wait(last=True)
+    due = step == total_steps or any(step % period == 0 for period in periods)
+    stop = run_log.step(step, metrics, wait=due)  # raises before what is not finite is saved
+    if due or stop:
+      if saved:
+        saved.result()  # until the checkpoint before is written
+      # A copy, as the next step reuses the state's memory; it is written in the background.
+      saved = background.submit(save_checkpoint, FLAGS.workdir, jax.tree.map(np.array, state) | about,
+                                FLAGS.keep_every, last=bool(stop) or step == total_steps)
+  if saved:
+    saved.result()
   if stop:
     log(f"Stopped after step {step}; the same command goes on from there.")
     sys.exit(128 + stop)
+  path = checkpoint_path(FLAGS.workdir, step)
+  log(f"Done: {path}. Next: python train.py --init={path} --predict PICTURE.jpg")
 
 
-def check_run(total_steps):
-  """Raises UserError for what can be known to be wrong before any work."""
-  if not total_steps:
-    raise UserError(f"--epochs={FLAGS.epochs} is less than one step of --batch_size={FLAGS.batch_size}; expected more epochs")
-  if total_steps <= FLAGS.warmup_steps:
-    raise UserError(f"--warmup_steps={FLAGS.warmup_steps} is not shorter than the run of {total_steps} steps: pass "
-                    f"--warmup_steps={total_steps // 10} or more --epochs")
-  check_batch_size()
-  check_workdir()
+# --- Data and weights of a run --------------------------------------------------------------------
 
 
-def check_batch_size():
-  """Raises UserError unless every device gets the same number of rows in every part of a batch."""
-  if FLAGS.batch_size % (jax.device_count() * FLAGS.grad_accum):
-    raise UserError(f"--batch_size={FLAGS.batch_size}: expected a multiple of {jax.device_count()} devices times "
-                    f"--grad_accum={FLAGS.grad_accum}")
+def fit_weights(weights, info, config, dataset):
+  """The weights of `model.load`, as far as they fit a model and a data set, and the model's classes.
 
+  Where the classes are the same in another order, the model keeps its own; the data's labels follow.
 
-def check_workdir():
-  """Makes the workdir; raises UserError if it cannot be written."""
-  probe = os.path.join(FLAGS.workdir, f"writable_{jax.process_index()}")
+  Returns:
+    nested dict of the parameters to start from, and the names of the C classes.
+  """
+  label_names = input_pipeline.class_names(dataset)
+  if not weights:
+    return {}, label_names
+  weights = model.fit(weights, info.config, config)
   try:
-    tf.io.gfile.makedirs(FLAGS.workdir)
-    write_npz(probe, {})
-    tf.io.gfile.remove(probe)
-  except (OSError, tf.errors.OpError) as error:
-    raise UserError(f"--workdir={FLAGS.workdir} cannot be written: {error}") from None
+    input_pipeline.label_positions(dataset, info.label_names)
+  except input_pipeline.DatasetError as error:
+    log(f"Starting with a new head: {error}.")
+    weights.pop("head", None)
+  else:
+    if set(label_names) == set(info.label_names):
+      label_names = info.label_names
+  return weights, label_names
 
 
-# --- The log ----------------------------------------------------------------------------------------------------------
+def open_evals(names, dataset, data_dir, batch_size, config, label_names, skip_bad_images):
+  """What to evaluate: {name: (function() -> batches, {"dataset", "split", "image_size", "dtype"})}.
+
+  What is not available is said and left out. The batch size is rounded up to what the devices share.
+
+  Raises:
+    UserError: nothing is left.
+  """
+  evals, devices = {}, jax.device_count()
+  for name in names:
+    other, split, label = EVALS.get(name, (None, name, "label"))
+    try:
+      data = input_pipeline.open_dataset(other, data_dir) if other else dataset
+      split = name if name in data.info.splits else split  # a folder may have a split "val"
+      size = input_pipeline.split_size(data, split)
+      input_pipeline.label_positions(data, label_names, label)
+    except input_pipeline.DatasetError as error:
+      log(f"  {name:10} not available: {error}")
+      continue
+    if size < 100:
+      log(f"  {name:10} has {size} images only: its percentages are coarse.")
+    evals[name] = functools.partial(
+        input_pipeline.eval_batches, data, split, -(-batch_size // devices) * devices, label=label,
+        image_size=config.image_size, dtype=config.dtype, label_names=label_names,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        skip_bad_images=skip_bad_images), {
+            "dataset": data.name, "split": split, "image_size": config.image_size,
+            "dtype": config.dtype}
+  if not evals:
+    raise UserError(f"--eval={','.join(names)}: none of these is available; expected minival, val, "
+                    f"real, v2 or splits of {dataset.name}: {', '.join(dataset.info.splits)}")
+  return evals
 
 
-class TrainLog:
-  """A line every --log_every steps, and TensorBoard events in the workdir; both by process 0 alone."""
+# --- The log --------------------------------------------------------------------------------------
 
-  def __init__(self, total_steps, num_examples, schedule):
-    self.total_steps, self.num_examples, self.schedule = total_steps, num_examples, schedule
-    self.writer = tf.summary.create_file_writer(FLAGS.workdir) if jax.process_index() == 0 else None
-    self.bad = 0
-    self.since = None  # speed is measured from this step on; not yet, as the first one compiles
-    self.waited = 0.0
+
+class RunLog:
+  """Lines on the screen; the same as JSON in log.jsonl, and TensorBoard events, in the workdir."""
+
+  def __init__(self, workdir, total_steps, batch_size, num_examples, log_every):
+    self.workdir, self.total_steps, self.batch_size = workdir, total_steps, batch_size
+    self.num_examples, self.log_every = num_examples, log_every
+    self.bad, self.speed, self.unread, self.since = 0, 0, None, None
+    self.started, self.waited = time.perf_counter(), 0.0
+    if jax.process_index() == 0:
+      make_workdir(workdir)
+      self.events, self.path = tf.summary.create_file_writer(workdir), os.path.join(workdir, "log.jsonl")
 
   def restart(self, step):
-    """Measures speed from here on."""
+    """Measures speed from this step on."""
     self.since, self.started, self.waited = step, time.perf_counter(), 0.0
 
   def wait_for(self, batches):
@@ -345,145 +432,105 @@ class TrainLog:
     self.waited += time.perf_counter() - started
     return batch
 
-  def step(self, step, metrics):
-    """Waits for the metrics of a step; logs them if it is time to. Returns the number of a signal that some process got, or 0.
+  def step(self, step, metrics, wait):
+    """Takes the metrics of a step, but reads those of the one before: so the device has work.
+
+    Reads these, too, if `wait`, or if it is time to stop.
+
+    Returns:
+      The number of a signal that some process received, or 0.
 
     Raises:
       UserError: the loss, the gradients or the new parameters are not finite.
     """
+    before, self.unread = self.unread, (step, metrics)
+    stop = self._read(*before) if before else 0
+    if wait or stop:
+      stop, self.unread = self._read(*self.unread) or stop, None
+    return stop
+
+  def _read(self, step, metrics):
     metrics = {key: value.item() for key, value in metrics.items()}  # waits for the device
     if not all(map(math.isfinite, metrics.values())):
-      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients {metrics['grad_norm']}, of "
-                      f"the parameters {metrics['param_norm']}. The last checkpoint in {FLAGS.workdir} is from before; try a "
-                      "lower --lr or a longer --warmup_steps")
-    self.bad += metrics["bad"]
-    if self.since is None:
+      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients "
+                      f"{metrics['grad_norm']}, of the parameters {metrics['param_norm']}. The last "
+                      f"checkpoint in {self.workdir} is from before; try a lower --lr or a longer "
+                      "--warmup_steps")
+    self.bad += metrics.pop("bad")
+    stop = metrics.pop("stop")
+    first, now = self.since is None, time.perf_counter()
+    if first or step % self.log_every == 0 or step == self.total_steps:
+      took, steps = now - self.started, step - (self.since or 0)
+      line = {"epoch": step * self.batch_size / self.num_examples, **metrics, "bad_images": self.bad}
+      if first:
+        tail = f"compiled and done after {took:.1f} s"
+      else:
+        if steps >= self.log_every or not self.speed:  # the last interval may be too short to tell
+          self.speed, self.wait = steps * self.batch_size / took, self.waited / took
+        left = datetime.timedelta(seconds=round((self.total_steps - step) * self.batch_size / self.speed))
+        line |= {"images_per_second": self.speed, "data_wait": self.wait}
+        tail = f"{self.speed:.0f} images/s  waiting for data {self.wait:.0%}  {left} left"
+      log(f"step {step}/{self.total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
+          f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.3f}  {tail}"
+          + f"  {self.bad} bad images left out" * bool(self.bad))
+      self.write(step, line)
       self.restart(step)
-    if step % FLAGS.log_every == 0 or step == self.total_steps:
-      elapsed, steps = time.perf_counter() - self.started, step - self.since
-      scalars = {"epoch": step * FLAGS.batch_size / self.num_examples, "loss": metrics["loss"],
-                 "learning_rate": FLAGS.lr * float(self.schedule(step - 1)), "grad_norm": metrics["grad_norm"],
-                 "param_norm": metrics["param_norm"], "images_per_second": steps * FLAGS.batch_size / elapsed,
-                 "data_wait": self.waited / elapsed, "bad_images": self.bad}
-      left = datetime.timedelta(seconds=round((self.total_steps - step) * elapsed / steps)) if steps else "?"
-      log(f"step {step}/{self.total_steps}  epoch {scalars['epoch']:.2f}  loss {scalars['loss']:.4f}  "
-          f"lr {scalars['learning_rate']:.2e}  grad {scalars['grad_norm']:.3f}  {scalars['images_per_second']:.0f} images/s  "
-          f"waiting for data {scalars['data_wait']:.0%}  {left} left" + f"  {self.bad} bad images left out" * bool(self.bad))
-      self.events(step, scalars)
-      self.restart(step)
-    return metrics["stop"]
-
-  def events(self, step, scalars, images=None):
-    """Writes TensorBoard events: {name: number}, and the first 16 of images in [-1, 1]."""
-    if self.writer:
-      with log_write_errors(f"TensorBoard events in {FLAGS.workdir}"), self.writer.as_default(step):
-        for name, value in scalars.items():
-          tf.summary.scalar(name, value)
-        if images is not None:
-          tf.summary.image("first_batch", images[:16].astype(np.float32) / 2 + 0.5, max_outputs=16)
-        self.writer.flush()
+    return stop
 
   def evaluation(self, step, results):
     """Logs the results of `evaluate`."""
     log(f"Evaluation at step {step}:")
-    show(results)
-    self.events(step, {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()})
+    show(results, self.workdir, step, checkpoint_path(self.workdir, step))
+    self.write(step, {f"{name}/{key}": result[key] for name, result in results.items()
+                      for key in ("count", "top1", "top5", "loss")})
     self.restart(step)
 
-
-# --- Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def open_evals(dataset):
-  """{name: (builder, split, label feature)} of --eval. Datasets that are not prepared are reported and left out.
-
-  Raises:
-    UserError: none is left.
-  """
-  evals = {}
-  for name in FLAGS.eval:
-    other, split, label = EVALS.get(name, (None, name, "label"))
-    try:
-      builder = input_pipeline.open_dataset(other, FLAGS.data_dir) if other else dataset
-      split = name if name in builder.info.splits else split  # a folder may have a split "val" of its own
-      input_pipeline.split_size(builder, split)
-      classes = [input_pipeline.num_classes(dataset), input_pipeline.num_classes(builder, label)]
-      if classes[0] != classes[1]:
-        raise input_pipeline.DatasetError(f"it has {classes[1]} classes, --dataset={FLAGS.dataset} {classes[0]}")
-      evals[name] = builder, split, label
-    except input_pipeline.DatasetError as error:
-      log(f"  {name:10} not available: {error}")
-  if not evals:
-    raise UserError(f"--eval={','.join(FLAGS.eval)}: none of these is available; expected minival, val, real, v2 or "
-                     f"splits of --dataset={FLAGS.dataset}: {', '.join(dataset.info.splits)}")
-  return evals
+  def write(self, step, scalars):
+    """Appends {name: number} to log.jsonl and to TensorBoard's events."""
+    if jax.process_index() == 0:
+      with log_write_errors(f"The log in {self.workdir}"), self.events.as_default(step):
+        with tf.io.gfile.GFile(self.path, "a") as f:
+          f.write(json.dumps({"step": step} | scalars) + "\n")
+        for name, value in scalars.items():
+          tf.summary.scalar(name, value)
+        self.events.flush()
 
 
-def evaluate(params, eval_step, evals, dtype):
-  """Evaluates {name: (builder, split, label feature)}; every image counts once, on any number of devices and processes.
-
-  The batch size is the next multiple of the number of devices.
-
-  Returns:
-    {name: {"count", "top1" and "top5" in percent, "loss", "bad"}}, and the number of a signal that ended it, or 0.
-  """
-  results, batch_size = {}, -(-FLAGS.batch_size // jax.device_count()) * jax.device_count()
-  for name, (builder, split, label) in evals.items():
-    sums, last = collections.Counter(), {}
-    for batch in input_pipeline.eval_batches(
-        builder, split, batch_size, label=label, image_size=FLAGS.image_size, dtype=dtype,
-        process_index=jax.process_index(), process_count=jax.process_count(), skip_bad_images=FLAGS.skip_bad_images):
-      metrics = eval_step(params, put_batch(batch))
-      sums.update({key: value.item() for key, value in last.items()})  # the device works on this batch meanwhile
-      if sums["stop"]:
-        return results, int(sums["stop"])
-      last = metrics
-    sums.update({key: value.item() for key, value in last.items()})
-    mean = {key: sums[key] / max(sums["count"], 1) for key in ("top1", "top5", "loss")}
-    results[name] = {"count": sums["count"], "top1": 100 * mean["top1"], "top5": 100 * mean["top5"],
-                     "loss": mean["loss"], "bad": sums["bad"]}
-  return results, 0
+@contextlib.contextmanager
+def log_write_errors(what):
+  """A full disk is no reason to lose a run: what could not be written is a line in the log."""
+  try:
+    yield
+  except (OSError, tf.errors.OpError) as error:
+    log(f"{what} could not be written ({error}); the run goes on.")
 
 
-def show(results):
-  """Prints the results as a table, and writes them to eval.json in the workdir."""
+def show(results, workdir, step, weights):
+  """Prints the results of `evaluate`, and writes them to eval.json in the workdir."""
   for name, result in results.items():
-    bad = f"  ({result['bad']} bad images left out)" if result["bad"] else ""
-    log(f"  {name:10} top-1 {result['top1']:6.2f} %   top-5 {result['top5']:6.2f} %   loss {result['loss']:.4f}   "
-        f"{result['count']:,} images{bad}")
+    log(f"  {name:10} top-1 {result['top1']:6.2f} %   top-5 {result['top5']:6.2f} %   loss "
+        f"{result['loss']:.4f}   {result['count']:,} images"
+        + f"  ({result['bad']} bad images left out)" * bool(result["bad"]))
   if jax.process_index() == 0:
-    path = os.path.join(FLAGS.workdir, "eval.json")
+    path = os.path.join(workdir, "eval.json")
     with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
-      f.write(json.dumps(results, indent=2) + "\n")
+      about = {"step": step, "weights": weights}
+      f.write(json.dumps({name: result | about for name, result in results.items()}, indent=2) + "\n")
 
 
-# --- Devices, processes and signals -----------------------------------------------------------------------------------
+# --- Processes and signals ------------------------------------------------------------------------
 
 
-def start_processes():
-  """Joins the other processes: on TPU pods and under srun JAX finds them, elsewhere the flags name them."""
-  if FLAGS.coordinator:
-    if FLAGS.num_processes is None or FLAGS.process_id is None:
+def start_processes(coordinator, num_processes, process_id):
+  """Joins the other processes: on TPU pods and under srun JAX finds them, else the flags name them."""
+  if coordinator:
+    if num_processes is None or process_id is None:
       raise UserError("--coordinator needs --num_processes and --process_id")
-    jax.distributed.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat_timeout_seconds=30)
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
     return
   under_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
   if under_srun or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
     jax.distributed.initialize()
-
-
-def on_devices(spec):
-  """The sharding over one axis of all devices: PartitionSpec("data") splits a batch, PartitionSpec() replicates."""
-  return NamedSharding(Mesh(jax.devices(), ("data",)), spec)
-
-
-def put_replicated(tree):
-  """The same arrays on all devices of all processes."""
-  sharding = on_devices(PartitionSpec())  # device_put would compare each array between all processes
-  return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda _: x), jax.device_get(tree))
-
-
-received_signal = 0
 
 
 def handle_signal(number, _):
@@ -491,28 +538,21 @@ def handle_signal(number, _):
   global received_signal
   received_signal = number
   signal.signal(number, signal.SIG_DFL)
-  print(f"\n{signal.Signals(number).name}: saving a checkpoint and stopping; once more to stop at once.", flush=True)
+  print(f"\n{signal.Signals(number).name}: saving a checkpoint and stopping; once more to stop at "
+        "once.", flush=True)
 
 
-def put_batch(batch):
-  """This process's rows -> global arrays, split over all devices.
-
-  What only one process knows is sent along, as "host_info" [devices, 2]: how many of its images were bad, and the number
-  of a signal it received. So all processes read it in the metrics of the same step, and stop after the same step.
-  """
-  sharding = on_devices(PartitionSpec("data"))
-  host_info = np.zeros([jax.local_device_count(), 2], np.int32)
-  host_info[0] = batch["bad"], received_signal
-  batch = {"images": batch["images"], "labels": batch["labels"], "host_info": host_info}
-  return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def sum_host_info(batch):
-  """{"bad": the number of bad images, "stop": the number of a signal, or 0}, of all processes."""
-  return {"bad": batch["host_info"][:, 0].sum(), "stop": batch["host_info"][:, 1].max()}
-
-
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+def make_workdir(workdir):
+  """Makes a workdir; UserError if it cannot be written."""
+  try:
+    tf.io.gfile.makedirs(workdir)
+    write_npz(os.path.join(workdir, "writable"), {})
+    tf.io.gfile.remove(os.path.join(workdir, "writable"))
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f"--workdir={workdir} cannot be written: {error}") from None
 
 
 def write_npz(path, arrays):
@@ -522,7 +562,7 @@ def write_npz(path, arrays):
   try:
     with tf.io.gfile.GFile(temporary, "wb") as f:
       f.write(buffer.getvalue())
-    if os.path.exists(temporary):  # on this machine's disk: make sure that it is there before it replaces the old one
+    if os.path.exists(temporary):  # on this machine's disk: there before it replaces the old one
       with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     tf.io.gfile.rename(temporary, path, overwrite=True)
@@ -532,278 +572,247 @@ def write_npz(path, arrays):
     raise
 
 
-def read_npz(path, skip=()):
-  """{name: array} of an .npz file, without the names that start with one of `skip`. Never unpickles.
-
-  Raises:
-    UserError: it is not there, is damaged, or holds anything other than arrays of numbers and strings.
-  """
-  try:
-    with np.load(tf.io.gfile.GFile(path, "rb")) as npz:
-      declared, stored = (sum(getattr(f, size) for f in npz.zip.infolist()) for size in ("file_size", "compress_size"))
-      if declared > 20 * stored + 2 ** 20:  # numbers hardly compress; this is a bomb
-        raise ValueError(f"its {stored:,} bytes claim to be {declared:,}")
-      arrays = {name: npz[name] for name in npz.files if not name.startswith(skip)}
-    return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in arrays.items()}
-  except Exception as error:  # whatever GFile, zipfile and numpy make of a file that is something else
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{path} is not a checkpoint that can be read ({reason}); expected an .npz file of arrays") from None
+def checkpoint_path(workdir, step):
+  """The file of a step's checkpoint."""
+  return os.path.join(workdir, f"checkpoint_{step:08}.npz")
 
 
 def checkpoints(workdir):
   """[(step, path)] of the checkpoints in a workdir, oldest first."""
   names = tf.io.gfile.listdir(workdir) if tf.io.gfile.isdir(workdir) else []
-  names = [name for name in names if re.fullmatch(r"checkpoint_\d+\.npz", name)]
-  return sorted((int(re.search(r"\d+", name)[0]), os.path.join(workdir, name)) for name in names)
+  steps = sorted(int(name[11:-4]) for name in names if re.fullmatch(r"checkpoint_\d+\.npz", name))
+  return [(step, checkpoint_path(workdir, step)) for step in steps]
 
 
-def save_checkpoint(workdir, arrays, keep_every=0):
-  """Writes checkpoint_STEP.npz, then deletes all but it, the last two and the multiples of `keep_every`."""
-  written = os.path.join(workdir, f"checkpoint_{arrays['step']:08}.npz")
-  write_npz(written, arrays)
-  for step, path in checkpoints(workdir)[:-2]:
-    if path != written and not (keep_every and step % keep_every == 0):
-      tf.io.gfile.remove(path)
+def save_checkpoint(workdir, state, keep_every=0, last=False):
+  """Writes a checkpoint, then deletes all but it, the last two and the multiples of `keep_every`.
+
+  state: a nested dict of arrays. That it cannot be written is an error only if it is the last one.
+  """
+  if jax.process_index() != 0:
+    return
+  written = checkpoint_path(workdir, int(state["step"]))
+  try:
+    write_npz(written, model.flatten(state))
+    for step, path in checkpoints(workdir)[:-2]:
+      if path != written and not (keep_every and step % keep_every == 0):
+        tf.io.gfile.remove(path)
+  except (OSError, tf.errors.OpError) as error:
+    message = f"A checkpoint could not be written to {workdir} ({error}); the previous one is kept"
+    if last:
+      raise UserError(message) from None
+    log(f"{message}, and the run goes on.")
 
 
-def restore_checkpoint(workdir, state, recipe, allow_changes=False):
-  """The newest state in a workdir, or `state` itself if there is none; a damaged file is named and the previous one used.
+def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
+  """The newest state in a workdir, or `state` if there is none; damaged files are named and skipped.
 
   Args:
-    workdir: any path that tf.io.gfile handles.
+    workdir: any path that tf.io.gfile handles; all processes must see the same one.
     state: a state with the names, shapes and dtypes to expect.
     recipe: {flag: value} of this run.
+    defaults: {flag: value} for what a checkpoint does not say, as its code did not know it.
     allow_changes: resume although the recipe is not the checkpoint's.
 
   Raises:
-    UserError: there are checkpoints, but none can be read, or the newest is of another recipe or model.
+    UserError: there are checkpoints, but none can be read, or the newest is of another recipe or
+      model, or the processes found different ones.
   """
-  found, expected = checkpoints(workdir)[::-1], model.flatten(state)
+  found, expected = checkpoints(workdir)[::-1], model.flatten(jax.device_get(state))
+  newest = None
   for _, path in found:
     try:
-      arrays = read_npz(path)
-      try:
-        before = {name: FLAGS[name].default for name in recipe} | json.loads(arrays["flags"].item())
-      except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} has no flags in it; expected a checkpoint of train.py") from None
-    except UserError as error:
-      log(f"{error}. Trying the previous one.")
-      continue
-    changes = [f"--{name}={before[name]} (now {value})" for name, value in recipe.items() if before[name] != value]
-    if changes and not allow_changes:
-      raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or another --workdir, or "
-                      "--allow_changes to go on with the new ones.")
-    wrong = [name for name, x in expected.items()
-             if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
-    if wrong:
-      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of another shape or type; give "
-                      "another --workdir")
-    log(f"Resuming after step {int(arrays['step'])} from {path}.")
-    return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in expected])
-  if found:
+      arrays = model.read_npz(path)
+      before = defaults | json.loads(arrays["flags"].item())
+      newest = path
+      break
+    except (KeyError, ValueError, TypeError) as error:
+      log(f"{path}: {error!r}. Trying the previous one.")
+  if found and not newest:
     raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
-  return state
+  if newest:
+    changes = [f"--{name}={before.get(name)} (now {recipe.get(name, 'unknown')})"
+               for name in sorted((before | recipe).keys() - NOT_RECIPE)
+               if name not in recipe or before[name] != recipe[name]]
+    if changes and not allow_changes:
+      raise UserError(f"{newest} was trained with {', '.join(changes)}. Give the same flags, or "
+                      "another --workdir, or --allow_changes to go on with the new ones.")
+    wrong = [name for name, x in expected.items() if name not in arrays
+             or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
+    if wrong:
+      raise UserError(f"{newest} does not fit the model: {', '.join(wrong[:3])} missing, or of "
+                      "another shape or type; give another --workdir")
+    log(f"Resuming after step {int(arrays['step'])} from {newest}.")
+    expected = {name: arrays[name] for name in expected}
+  if np.ptp(multihost_utils.process_allgather(np.int32(expected["step"]))):
+    raise UserError(f"the processes do not see the same checkpoints: --workdir={workdir} must be one "
+                    "that all share")
+  return jax.tree.unflatten(jax.tree.structure(state), expected.values())
 
 
-class AsyncCheckpointer:
-  """Writes checkpoints in the background, one at a time, on the first process."""
-
-  def __init__(self, extra):  # {name: array} to store beside the state
-    self.extra, self.pool, self.pending = extra, futures.ThreadPoolExecutor(1), None
-
-  def save(self, state):
-    """Copies the state off the device, and leaves the rest to the background."""
-    self.wait()
-    if jax.process_index() == 0:
-      arrays = {name: np.array(x) for name, x in model.flatten(state).items()}  # a copy: the next step reuses the state
-      self.pending = self.pool.submit(save_checkpoint, FLAGS.workdir, arrays | self.extra, FLAGS.keep_every)
-
-  def wait(self, last=False):
-    """Waits until everything is written. That it could not be is an error only for the last checkpoint."""
-    pending, self.pending = self.pending, None
-    try:
-      if pending:
-        pending.result()
-    except (OSError, tf.errors.OpError) as error:
-      message = f"A checkpoint could not be written to {FLAGS.workdir} ({error}); the previous one is kept"
-      if last:
-        raise UserError(message) from None
-      log(f"{message}, and the run goes on.")
+# --- Instead of training --------------------------------------------------------------------------
 
 
-# --- Weights: --init, --predict, --export_timm ------------------------------------------------------------------------
+def instead_of_training(argv, weights, info, config, replicated, split):
+  """What --benchmark, --eval_only, --predict and --export_timm ask for."""
+  if argv[1:] and not FLAGS.predict:
+    raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
+  if FLAGS.benchmark:
+    config = config._replace(num_classes=1000)
+    settings = dict(warmup_steps=FLAGS.warmup_steps, lr=FLAGS.lr, weight_decay=FLAGS.weight_decay,
+                    grad_clip_norm=FLAGS.grad_clip_norm, grad_accum=FLAGS.grad_accum,
+                    remat=FLAGS.remat)
+    if FLAGS.topology:
+      return benchmark_topology(FLAGS.topology, config, FLAGS.batch_size, settings)
+    return benchmark(config, FLAGS.batch_size, replicated, split, settings)
+  if not weights:
+    raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz")
+  if not config.num_classes:
+    raise UserError(f"--init={FLAGS.init} has no head, so it can only be trained from")
+  weights = model.fit(weights, info.config, config)
+  if not np.any(weights["head"]["kernel"]):
+    log(f"--init={FLAGS.init}: the head is all zeros, that is, untrained.")
+  if FLAGS.export_timm:
+    export_timm(model.flatten(weights), config, FLAGS.export_timm)
+  params = jax.make_array_from_process_local_data(replicated, weights)
+  if FLAGS.predict:
+    predict(params, config, info.label_names, FLAGS.predict + argv[1:], FLAGS.workdir)
+  if FLAGS.eval_only:
+    make_workdir(FLAGS.workdir)
+    name = FLAGS.dataset if FLAGS["dataset"].present else info.recipe.get("dataset", FLAGS.dataset)
+    dataset = input_pipeline.open_dataset(name, FLAGS.data_dir)
+    evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, config,
+                       info.label_names, FLAGS.skip_bad_images)
+    results, _ = evaluate(params, evals, make_eval_step(config, replicated, split), split)
+    show(results, FLAGS.workdir, info.step, FLAGS.init)
 
 
-def read_weights(path):
-  """The parameters in an .npz file, under the names of `model.parameter_table`, and what else there is.
-
-  Knows the naming schemes met in the wild: bare, under "params/" (as ours) or "opt/target/", with the position embedding
-  under an older name, and with the arrays of all blocks stacked into one.
-
-  Returns:
-    {name: array} of the parameters, and of the rest: "label_names" and "flags" in a checkpoint of ours.
-  """
-  rest = read_npz(path, skip=("opt_state/", "opt/state/"))
-  prefix = next((p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in rest)), "")
-  params = {}
-  for name in [name for name in rest if name.startswith(prefix)]:
-    array = rest.pop(name)
-    name = name.removeprefix(prefix).replace("Transformer/posembed_input/pos_embedding", "pos_embedding")
-    stacked = name.removeprefix("Transformer/encoderblock/")
-    if stacked == name:
-      params[name] = array
-    else:
-      params |= {f"Transformer/encoderblock_{i}/{stacked}": x for i, x in enumerate(np.atleast_1d(array))}
-  return params, rest
-
-
-def adopt_architecture(path, params, rest):
-  """Sets --variant, --posemb, --pool, --head and --image_size to what a file holds (the output of `read_weights`).
-
-  Raises:
-    UserError: there is no ViT in it, or a flag on the command line says otherwise.
-  """
-  shapes = {name: x.shape for name, x in params.items()}
-  block = "Transformer/encoderblock_0/"
+def export_timm(params, config, path):
+  """Writes parameters {name: array} as timm's VisionTransformer.load_pretrained reads them."""
+  if config.posemb == "sincos2d":  # timm knows learned ones only
+    P, D, *_ = config.sizes
+    side = config.image_size // P
+    params = params | {"pos_embedding": model.sincos2d(side, side, D)[None]}
   try:
-    P, _, _, D = shapes["embedding/kernel"]
-    M, = shapes[block + "MlpBlock_0/Dense_0/bias"]
-    N, _ = shapes[block + "MultiHeadDotProductAttention_0/query/bias"]
-    _, = shapes["head/bias"]
-    _, tokens, _ = shapes.get("pos_embedding", (1, 0, D))
-    image_size = json.loads(rest["flags"].item())["image_size"] if "flags" in rest else math.isqrt(tokens) * P
-  except (KeyError, ValueError, TypeError) as error:
-    raise UserError(f"--init={path}: no ViT in it; expected embedding/kernel [P, P, 3, D], {block}..., head/bias [C] and, if "
-                    f"there is one, pos_embedding [1, L, D] ({error})") from None
-  sizes = D, sum(name.endswith("/query/bias") for name in shapes), M, N
-  variant = next((name for name, known in model.VARIANTS.items() if known == sizes), None)
-  if variant is None:
-    raise UserError(f"--init={path}: width, depth, MLP width and heads are {sizes}, which is no variant of model.VARIANTS")
-  for name, value in {"variant": f"{variant}/{P}", "posemb": "learned" if tokens else "sincos2d",
-                      "pool": "cls" if "cls" in shapes else "gap",
-                      "head": "mlp" if "pre_logits/kernel" in shapes else "linear"}.items():
-    if FLAGS[name].present and FLAGS[name].value != value:
-      raise UserError(f"--{name}={FLAGS[name].value} contradicts --init={path}, which holds {name}={value}")
-    FLAGS[name].value = value
-  if image_size and not FLAGS["image_size"].present:
-    FLAGS.image_size = image_size
+    write_npz(path, {f"params/{name}": array for name, array in params.items()})
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f"--export_timm={path} cannot be written: {error}") from None
+  log(f"Wrote {path}." + " It has an MLP head, of which timm reads the last layer only: copy both "
+      "layers, as README.md shows." * (config.head == "mlp"))
 
 
-def fit_weights(params, num_classes):
-  """Parameters {name: array} for a model of C classes and --image_size, {name: float32 array}.
-
-  Another number of classes leaves the head out; another image size resamples a learned position embedding.
-
-  Raises:
-    UserError: arrays are missing, unknown, of another shape or not floats; lists them all.
-  """
-  params, table = dict(params), flags_table(num_classes)
-  if len(params["head/bias"]) != num_classes:
-    log(f"--init={FLAGS.init} has {len(params['head/bias'])} classes, the dataset {num_classes}: starting with a new head.")
-    for name in ("head/kernel", "head/bias"):
-      table.pop(name), params.pop(name, None)
-  if "pos_embedding" in table:
-    stored, L = params["pos_embedding"], table["pos_embedding"][0][1]
-    if stored.shape[1] != L and math.isqrt(stored.shape[1]) ** 2 == stored.shape[1]:
-      log(f"Resampling the position embedding from {stored.shape[1]} to {L} tokens.")
-      params["pos_embedding"] = resample_posemb(stored, L)
-  wrong = [f"{name} missing" for name in table.keys() - params.keys()]
-  wrong += [f"{name} unknown" for name in params.keys() - table.keys()]
-  wrong += [f"{name} {params[name].dtype} {params[name].shape}, expected floats {table[name][0]}"
-            for name in table.keys() & params.keys()
-            if params[name].shape != table[name][0] or not jnp.issubdtype(params[name].dtype, jnp.floating)]
-  if wrong:
-    raise UserError(f"--init={FLAGS.init} does not fit: {'; '.join(sorted(wrong))}")
-  return {name: x.astype(np.float32) for name, x in params.items()}
+def pictures_in(paths):
+  """The files that paths, patterns such as *.jpg, and folders stand for."""
+  files = []
+  for path in paths:
+    if tf.io.gfile.isdir(path):
+      path = os.path.join(path, "*")
+    found = sorted(tf.io.gfile.glob(path)) if "*" in path else [path]
+    files += [name for name in found if name.lower().endswith(input_pipeline.ENDINGS)
+              or name in paths]
+    if not files:
+      raise UserError(f"--predict={path}: no picture there")
+  return files
 
 
-def resample_posemb(posemb, L):
-  """A learned position embedding [1, h*h, D] for another square grid, [1, L, D]: bilinear, corners aligned."""
-  old, new = math.isqrt(posemb.shape[1]), math.isqrt(L)
-  grid = posemb.astype(np.float32).reshape(old, old, -1)
-  where = np.linspace(0, old - 1, new)
-  weights = np.stack([np.interp(where, np.arange(old), row) for row in np.eye(old)], 1)  # [new, old]
-  return np.einsum("yh,xw,hwd->yxd", weights, weights, grid).reshape(1, L, -1)
+def upright(path):
+  """The bytes of a picture, turned as its camera says in the Exif data: a PNG if that is needed."""
+  from PIL import Image, ImageOps  # comes with tensorboard; pylint: disable=g-import-not-at-top
+  with tf.io.gfile.GFile(path, "rb") as file:
+    encoded = file.read()
+  with Image.open(io.BytesIO(encoded)) as image:
+    if image.getexif().get(0x0112, 1) != 1:  # the orientation
+      turned = io.BytesIO()
+      ImageOps.exif_transpose(image).save(turned, "PNG")
+      encoded = turned.getvalue()
+  return encoded
 
 
-def flags_table(num_classes):
-  """The parameter table that the flags describe."""
-  try:
-    return model.parameter_table(FLAGS.variant, FLAGS.image_size, FLAGS.posemb, FLAGS.pool, FLAGS.head, num_classes)
-  except ValueError as error:
-    raise UserError(f"--{error}") from None
-
-
-def predict(params, names, paths, dtype):
+def predict(params, config, label_names, paths, workdir):
   """Prints the five most probable classes of pictures, and draws where the model looked.
 
-  Args:
-    params: nested dict of arrays.
-    names: of the classes, a list of C strings.
-    paths: of the pictures.
-    dtype: of the inputs of matrix products.
+  paths: of pictures, patterns of paths such as *.jpg, or folders of pictures.
   """
-  pictures, captions = [], []
-  for path in paths:
+  make_workdir(workdir)
+  out, pictures, captions = os.path.join(workdir, "predictions.png"), [], []
+  for path in pictures_in(paths):
     try:
-      image = input_pipeline.eval_image(tf.io.read_file(path), FLAGS.image_size)
-    except tf.errors.OpError as error:
-      raise UserError(f"--predict={path}: not a picture that can be read: {error.message.splitlines()[0]}") from None
+      image = input_pipeline.eval_image(upright(path), config.image_size)
+    except (tf.errors.OpError, OSError) as error:
+      raise UserError(f"--predict={path}: not a picture that can be read ({error})") from None
     images = input_pipeline.scale(image)[None].numpy()  # [1, I, I, 3]
-    probs = np.asarray(jax.nn.softmax(model.forward(params, images, dtype)))[0]  # [C]
+    probs = np.asarray(jax.nn.softmax(model.forward(params, images, config)))[0]  # [C]
     best = probs.argsort()[::-1][:5]
-    log(f"{path}: " + ", ".join(f"{names[c]} {probs[c]:.1%}" for c in best))
-    heat = np.asarray(model.attention_map(params, images, dtype))[0, ..., None]  # [I/P, I/P, 1]
+    log(f"{path}: " + ", ".join(f"{label_names[c]} {probs[c]:.1%}" for c in best))
+    heat = np.asarray(model.attention_map(params, images, config))[0, ..., None]  # [I/P, I/P, 1]
     heat = tf.image.resize(heat / heat.max(), image.shape[:2]).numpy()
-    shown = np.stack([image, image.numpy() * (0.2 + 0.8 * heat)])
-    pictures += [*np.uint8(tf.image.resize(shown, (224, 224), "nearest"))]
-    captions += [f"{names[best[0]]} {probs[best[0]]:.0%}", "attention of the last block"]
-  out = os.path.join(FLAGS.workdir, "predictions.png")
-  augment.draw_grid(out, pictures, captions, columns=2 * min(4, len(paths)))
+    pictures += [image.numpy(), np.uint8(image.numpy() * (0.2 + 0.8 * heat))]
+    captions += [f"{os.path.basename(path)}: {label_names[best[0]]} {probs[best[0]]:.0%}",
+                 "attention of the last block"]
+  augment.draw_grid(out, pictures, captions, columns=2 * min(4, len(pictures) // 2))
   log(f"Wrote {out}.")
 
 
-def export_timm(params, out):
-  """Writes parameters {name: array} so that timm's VisionTransformer.load_pretrained reads them: README.md has the lines."""
-  if "pos_embedding" not in params:  # timm knows learned ones only
-    P, _, _, D = params["embedding/kernel"].shape
-    params = params | {"pos_embedding": model.sincos2d(FLAGS.image_size // P, FLAGS.image_size // P, D)[None]}
-  write_npz(out, {f"params/{name}": array for name, array in params.items()})
-  log(f"Wrote {out}.")
-  if "pre_logits/kernel" in params:
-    log("It has an MLP head, of which timm reads the last layer only: copy both layers, as README.md shows.")
+def compile_step(config, batch_size, replicated, split, **settings):
+  """The training step, compiled from shapes alone, for whatever devices the shardings name.
+
+  Returns:
+    The compiled step, the GiB that it takes on each device, and the shapes of a batch.
+  """
+  check_batch_size(batch_size, split.num_devices, settings["grad_accum"])
+  init, step = make_training(config, replicated, split, 10 ** 6, **settings)
+  state = jax.eval_shape(lambda: init(model.init_params(0, config)))
+  B, I, C = batch_size, config.image_size, config.num_classes
+  batch = {"images": jax.ShapeDtypeStruct((B, I, I, 3), config.dtype),
+           "labels": jax.ShapeDtypeStruct((B, C), jnp.float32),
+           "bad": jax.ShapeDtypeStruct((B,), bool), "stop": jax.ShapeDtypeStruct((B,), jnp.int32)}
+  compiled = step.lower(state, batch).compile()
+  m = compiled.memory_analysis()
+  return compiled, (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
+                    - m.alias_size_in_bytes) / 2 ** 30, batch
 
 
-def use_weights(params, rest, dtype):
-  """What can be done with --init (the output of `read_weights`) besides training: evaluate, classify, export."""
-  num_classes, = params["head/bias"].shape
-  flat = fit_weights(params, num_classes)
-  params = put_replicated(model.unflatten(flat))
-  if FLAGS.predict:
-    check_workdir()
-    predict(params, rest.get("label_names", [f"class {i}" for i in range(num_classes)]), FLAGS.predict, dtype)
-  if FLAGS.export_timm:
+GIB = {"v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a device, which no compiler says
+
+
+def benchmark_topology(topology, config, batch_size, settings):
+  """Compiles the step for TPUs that are not here, and prints what it takes; exit code 1: too large."""
+  from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
+  kind = topology.split(":")[0]
+  # JAX shows the two halves of a chip of v4 as one device.
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    have = GIB[kind]
+  except (RuntimeError, KeyError) as error:
+    raise UserError(f"--topology={topology}: {error}; expected one of {', '.join(GIB)} with a shape, "
+                    "such as v3:2x2 or v5e:2x4, and pip install \"jax[tpu]\"") from None
+  mesh = Mesh(np.array(devices), ("data",))
+  shardings = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+  given = settings.pop("grad_accum")
+  for parts in (given, *(n for n in (2, 4, 8) if n > given)):
+    log(f"Compiling for {len(devices)} x {kind}, --grad_accum={parts}; this takes a minute or more.")
     try:
-      export_timm(flat, FLAGS.export_timm)
-    except (OSError, tf.errors.OpError) as error:
-      raise UserError(f"--export_timm={FLAGS.export_timm} cannot be written: {error}") from None
-  if FLAGS.eval_only:
-    dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
-    check_workdir()
-    if input_pipeline.num_classes(dataset) != num_classes:
-      raise UserError(f"--init={FLAGS.init} has {num_classes} classes, --dataset={FLAGS.dataset} "
-                      f"{input_pipeline.num_classes(dataset)}")
-    results, _ = evaluate(params, make_eval_step(dtype), open_evals(dataset), dtype)
-    show(results)
+      compiled, need, _ = compile_step(config, batch_size, *shardings, grad_accum=parts, **settings)
+      break
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
+      log(str(error).splitlines()[0])
+  else:
+    raise UserError(f"--batch_size={batch_size} does not fit {topology}, nor with --grad_accum=8")
+  cost = compiled.cost_analysis()
+  log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on {len(devices)} "
+      f"x {kind}: {need:.2f} of {have} GiB a device, {cost['bytes accessed'] / 1e9:.1f} GB moved a "
+      "step" + f", the compiler's estimate {1000 * cost['optimal_seconds']:.0f} ms" * (kind == "v3"))
+  if parts > given:
+    raise UserError(f"--batch_size={batch_size} does not fit {topology}; --grad_accum={parts} does")
 
 
-# --- Benchmark --------------------------------------------------------------------------------------------------------
+def benchmark(config, batch_size, replicated, split, settings, rounds=5):
+  """Prints the speed of the step on random data, against the best matrix product of the device."""
 
-
-def benchmark(rounds=5):
-  """Prints the speed of the update step on random data, against the best matrix product of this device."""
-
-  def seconds(function, repeats):  # of one call, when calls follow each other as the steps of a run do
+  def seconds(function, repeats):  # of one call, when calls follow each other as steps do
     jax.block_until_ready(function())
     started = time.perf_counter()
     for _ in range(repeats):
@@ -811,60 +820,60 @@ def benchmark(rounds=5):
     jax.block_until_ready(out)
     return (time.perf_counter() - started) / repeats
 
-  check_batch_size()
-  dtype, B, b = jnp.dtype(FLAGS.dtype), FLAGS.batch_size, FLAGS.batch_size // jax.process_count()
-  table = flags_table(num_classes=1000)
   started = time.perf_counter()
-  params = model.init_params(FLAGS.seed, table)
-  tx = make_optimizer(make_schedule(FLAGS.warmup_steps, 10 ** 6), FLAGS.lr, FLAGS.weight_decay, FLAGS.grad_clip_norm)
-  state = put_replicated({"params": params, "opt_state": tx.init(params), "step": jnp.int32(0)})
-  rng = np.random.default_rng(0)
-  images = rng.uniform(-1, 1, (b, FLAGS.image_size, FLAGS.image_size, 3)).astype(dtype)
-  batch = put_batch({"images": images, "labels": np.eye(1000, dtype=np.float32)[rng.integers(0, 1000, b)], "bad": 0})
-  ready = time.perf_counter()
-  update = make_update(tx, dtype, grad_accum=FLAGS.grad_accum, remat=FLAGS.remat).lower(state, batch).compile()
+  log("Compiling the step ...")
+  step, need, shapes = compile_step(config, batch_size, replicated, split, **settings)
+  rng, b = np.random.default_rng(0), batch_size // jax.process_count()
+  batch = {"images": rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype),
+           "labels": np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, 1000, b)],
+           "bad": np.zeros(b, bool)}
+  batch, params = put(batch, split), model.init_params(0, config)
+  init, _ = make_training(config, replicated, split, 10 ** 6, **settings)
+  state = jax.make_array_from_process_local_data(replicated, jax.device_get(init(params)))
   compiled = time.perf_counter()
-  state, metrics = update(state, batch)
-  jax.block_until_ready(state)
-  log(f"Parameters after {ready - started:.1f} s, compiled in {compiled - ready:.1f} s, "
-      f"first step {time.perf_counter() - compiled:.1f} s.")
+  state, metrics = step(state, batch)
+  jax.block_until_ready(metrics)
+  log(f"Compiled in {compiled - started:.1f} s, first step {time.perf_counter() - compiled:.1f} s.")
 
-  def step():
+  def next_step():
     nonlocal state
-    state, metrics = update(state, batch)
+    state, metrics = step(state, batch)
     return metrics
 
-  multiply = jax.jit(lambda x, w: model.einsum("ij,jk->ik", x, w, dtype))
-  factors = [[put_replicated(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes]
-             for shapes in (((4096, 4096), (4096, 4096)), ((3136, 1536), (1536, 1536)))]  # the faster of two shapes counts
-  repeats = 2 if jax.default_backend() == "cpu" else 20
+  multiply, repeats = jax.jit(jnp.matmul), 2 if jax.default_backend() == "cpu" else 20
+  factors = [[jax.make_array_from_process_local_data(replicated, np.ones(shape, config.dtype))
+              for shape in shapes] for shapes in ([(4096, 4096)] * 2, [(3136, 1536), (1536, 1536)])]
   rates, times = [], []
   for _ in range(rounds):
-    rates.append([2 * len(x) * w.size * jax.device_count() / seconds(lambda: multiply(x, w), 2 * repeats) for x, w in factors])
-    times.append(seconds(step, repeats))
-  best, step_time = max(map(statistics.median, zip(*rates))), statistics.median(times)
-  flops = 3 * B * model.flops(table, FLAGS.image_size)
-  memory = update.memory_analysis()
-  log(f"{FLAGS.variant} at {FLAGS.image_size}, {FLAGS.dtype}, batch {B} on {jax.device_count()} x "
-      f"{jax.devices()[0].device_kind}: {B / step_time:.2f} images/s, {flops / step_time / 1e9:,.0f} GFLOP/s, "
-      f"{flops / step_time / best:.2f} of the best matrix product's {best / 1e9:,.0f} GFLOP/s; "
-      f"{(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30:.1f} GiB per device.")
+    rates += [2 * len(x) * w.size * jax.device_count() / seconds(lambda: multiply(x, w), 2 * repeats)
+              for x, w in factors]
+    times.append(seconds(next_step, repeats))
+  best, took = max(statistics.median(rates[i::2]) for i in (0, 1)), statistics.median(times)
+  flops = 3 * batch_size * model.flops(config)
+  log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on "
+      f"{jax.device_count()} x {jax.devices()[0].device_kind}: {batch_size / took:.2f} images/s, "
+      f"{flops / took / 1e9:,.0f} GFLOP/s, {flops / took / best:.2f} of the best matrix product's "
+      f"{best / 1e9:,.0f}; {need:.1f} GiB a device.")
 
 
-# --- Start ------------------------------------------------------------------------------------------------------------
+# --- Start ----------------------------------------------------------------------------------------
 
 
 def run(argv):
   """`main`, with a line instead of a traceback for what the user can fix."""
+  logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
+  if FLAGS.topology:  # libtpu need not look for TPUs here
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    jax.config.update("jax_platforms", "cpu")
   try:
     return main(argv)
-  except (UserError, input_pipeline.DatasetError, input_pipeline.BadImage) as error:
+  except (UserError, model.WeightsError, input_pipeline.DatasetError, input_pipeline.BadImage) as error:
     message = f"Error: {error}"
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    message = (f"Error: {str(error).splitlines()[0]}. If another process of this run was lost, start all of them again "
-               "with the same commands to go on from the last checkpoint.")
+    message = (f"Error: {str(error).splitlines()[0]}. If another process of this run was lost, start "
+               "all of them again with the same commands to go on from the last checkpoint.")
   if jax.process_count() > 1:
     print(message, file=sys.stderr, flush=True)
     os._exit(1)  # a regular exit would wait for the others, which wait for this one
