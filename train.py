@@ -1,20 +1,19 @@
-"""Trains and evaluates the plain ViT of "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580).
+"""Trains and evaluates the plain ViT of "Better plain ViT baselines for ImageNet-1k" (2205.01580).
 
     python train.py                                          # the report's first row: 90 epochs
-    python train.py --dataset=patterns ...                   # the demo; README.md has the whole line
     python train.py --eval_only --init=vit_s16_i1k_90ep.npz  # evaluates published or own weights
     python train.py --init=FILE.npz --predict a.jpg b.png    # names what is in pictures
     python train.py --benchmark [--topology=v3:2x2]          # the speed of a step, here or on a TPU
 
 The default of every flag is the published run. First comes the method, then `main`, then what it
-stands on. Only `main` and what it starts instead of training read flags; all else takes arguments.
+stands on. Only what a command line starts reads flags; all other functions take arguments.
 
-Shapes: B batch, b this process's share of it, I image side, C classes.
+Shapes: B batch, b this process's share of it, I image side, C classes; [] is a number.
 """
 
 import collections
-import contextlib
 from concurrent import futures
+import contextlib
 import datetime
 import functools
 import io
@@ -37,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-import input_pipeline  # before tensorflow, to which it says how much to print
+import input_pipeline  # before tensorflow, which it tells to be quiet
 import tensorflow as tf
 
 import augment
@@ -45,55 +44,56 @@ import model
 
 FLAGS = flags.FLAGS
 
-# The recipe: a run resumes only with the same values, unless --allow_changes.
+# The recipe: a run resumes only with the same values.
 flags.DEFINE_float("epochs", 90, "Passes over the training split: 90, 150 or 300 in the report.", 0)
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices and processes.", 1)
-flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder's path.")
-flags.DEFINE_string("train_split", "train[:99%]", "What to train on; ImageNet's rest is 'minival'.")
-flags.DEFINE_string("variant", "S/16", "Size: mu, Ti, S, M, B, L or H (or demo) / patch in pixels.")
+flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder.")
+flags.DEFINE_string("train_split", "train[:99%]", "What to train on.")
+flags.DEFINE_string("variant", "S/16", "Size: mu, Ti, S, M, B, L, H or demo / patch in pixels.")
 flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
 flags.DEFINE_enum("posemb", "sincos2d", model.CHOICES["posemb"], "Position embedding.")
-flags.DEFINE_enum("pool", "gap", model.CHOICES["pool"], "Classify the mean token, or a [cls] token.")
+flags.DEFINE_enum("pool", "gap", model.CHOICES["pool"], "Classify the mean or a [cls] token.")
 flags.DEFINE_enum("head", "mlp", model.CHOICES["head"], "One hidden tanh layer, or none.")
 flags.DEFINE_integer("randaug_layers", 2, "RandAugment's operations on each image; 0: off.", 0)
 flags.DEFINE_float("randaug_magnitude", 10, "Magnitude of RandAugment's operations.", 0, 20)
-flags.DEFINE_float("mixup", 0.2, "p of Mixup's Beta(p, p); 0 turns it off.", 0)
+flags.DEFINE_float("mixup", 0.2, "p of Mixup's Beta(p, p); 0: off.", 0)
 flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
-flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, per step at the peak; not multiplied by --lr.", 0)
-flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0 turns it off.", 0)
-flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: no clipping.", 0)
-flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Products and activations in a block. "
-                  "float32 is exact on every device, and slower than a GPU's TF32.")
+flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, a step at the peak; not times --lr.", 0)
+flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0: off.", 0)
+flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: off.", 0)
+flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"],
+                  "Of products and activations in a block. float32 is never rounded to less, so on "
+                  "a GPU it takes three times as long as TF32 would.")
 flags.DEFINE_integer("seed", 0, "Seeds parameters, order of the data and augmentations.", 0)
 flags.DEFINE_string("init", None, "Start from the weights in this .npz: published ones or ours.")
 
-# All others change how a run is done, not what comes out of it.
+# All other flags change how a run is done, not what comes out of it.
 NOT_RECIPE = {flag.name for flag in (
-    flags.DEFINE_string("workdir", "workdir", "Checkpoints and logs go here; the same command resumes."),
+    flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes."),
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets (default: TFDS' own)."),
     flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1),
     flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations.", 1),
     flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; two are kept.", 1),
-    flags.DEFINE_integer("keep_every", 0, "Also keep the checkpoint of every so many steps.", 0),
-    flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2, or splits of --dataset."),
+    flags.DEFINE_integer("keep_every", 0, "Also keep every so many steps' checkpoint.", 0),
+    flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2, splits of --dataset."),
     flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used."),
     flags.DEFINE_bool("allow_changes", False, "Resume although the recipe has changed."),
-    flags.DEFINE_integer("grad_accum", 1, "Take a batch in this many parts, to save memory.", 1),
+    flags.DEFINE_integer("grad_accum", 1, "Take a batch in so many parts, to save memory.", 1),
     flags.DEFINE_bool("remat", False, "Compute blocks twice, to save memory; not on a CPU."),
-    flags.DEFINE_string("coordinator", None, "Of processes that JAX does not find: process 0's host:port."),
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are."),
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it."),
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are."),
     flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is."),
     # What to do instead of training
-    flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval and stop."),
-    flags.DEFINE_list("predict", [], "Classify these pictures, or folders of them, and stop."),
-    flags.DEFINE_string("export_timm", None, "Write --init to this .npz for timm and stop."),
-    flags.DEFINE_bool("benchmark", False, "Measure the update step on random data and stop."),
-    flags.DEFINE_string("topology", None, "With --benchmark: compile for this TPU, such as v3:2x2."))}
+    flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval."),
+    flags.DEFINE_list("predict", [], "Classify pictures, or folders of them, with --init."),
+    flags.DEFINE_string("export_timm", None, "Write --init to this .npz for timm."),
+    flags.DEFINE_bool("benchmark", False, "Measure the update step on random data."),
+    flags.DEFINE_string("topology", None, "With --benchmark: compile for a TPU, as v3:2x2."))}
 
 for _name in ("epochs", "randaug_magnitude", "mixup", "lr", "weight_decay", "grad_clip_norm"):
   flags.register_validator(_name, math.isfinite, "expected a finite number")
 
-# What --eval can name besides splits of --dataset: (data set, None for --dataset; split; label).
+# What --eval can name besides splits of --dataset: data set (None is --dataset), split, label.
 EVALS = {
     "minival": (None, "train[99%:]", "label"),
     "val": (None, "validation", "label"),
@@ -117,13 +117,13 @@ def log(message):
 
 def make_optimizer(schedule, lr=1e-3, weight_decay=1e-4, grad_clip_norm=1.0):
   """Adam with decoupled weight decay of the kernels, in the order of the published run."""
-  is_kernel = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+  is_kernel = lambda path, _: path[-1].key == "kernel"
   return optax.chain(
       optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity(),
       optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # half the memory
       optax.scale(lr),
       # After the learning rate, hence not multiplied by it: 1e-4 here is 0.1 in other AdamWs.
-      optax.add_decayed_weights(weight_decay, mask=is_kernel),
+      optax.add_decayed_weights(weight_decay, lambda params: jax.tree.map_with_path(is_kernel, params)),
       optax.scale_by_schedule(schedule),
       optax.scale(-1.0))
 
@@ -135,7 +135,7 @@ def loss_fn(params, batch, config, remat=False):
 
 
 def loss_and_grads(params, batch, config, remat=False, grad_accum=1):
-  """The loss and its gradients, from `grad_accum` equal parts of the batch one after the other."""
+  """The loss and its gradients, from `grad_accum` equal parts of a batch one after the other."""
   grad_fn = functools.partial(jax.value_and_grad(loss_fn), config=config, remat=remat)
   if grad_accum == 1:
     return grad_fn(params, batch)
@@ -151,21 +151,21 @@ received_signal = 0  # SIGTERM or SIGINT, of `handle_signal`
 
 
 def put(batch, split):
-  """This process's rows of a batch, {name: numpy array [b, ...]}, split over all devices: [B, ...].
+  """This process's rows, {name: array [b, ...]}, as arrays [B, ...] split over all devices.
 
-  A row more, "stop", tells all processes in the same step of a signal that one of them received.
+  With them goes "stop": so all processes learn in the same step of a signal that one received.
   """
   stop = np.full(len(batch["images"]), received_signal, np.int32)
   return jax.make_array_from_process_local_data(split, batch | {"stop": stop})
 
 
 def host_metrics(batch):
-  """What processes tell each other: "bad", how many rows could not be used, and "stop", a signal."""
+  """What processes tell each other: how many rows could not be used, and a signal, or 0."""
   return {"bad": batch["bad"].sum(), "stop": batch["stop"].max()}
 
 
 def make_eval_step(config, replicated, split):
-  """function(params, batch) -> {"count", "top1", "top5", "loss"} and `host_metrics`, sums over rows.
+  """function(params, batch) -> sums over rows: "count", "top1", "top5", "loss", `host_metrics`.
 
   A prediction is right if it is in the set of labels of its row; the loss is against the labels in
   equal parts. Only rows of the batch's mask count, and, as in ReaL, only those that have a label.
@@ -177,7 +177,7 @@ def make_eval_step(config, replicated, split):
     counts = batch["mask"] & labels.any(1)
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
     right = jnp.take_along_axis(labels, best, 1) * counts[:, None]
-    loss = optax.softmax_cross_entropy(logits, labels / jnp.maximum(labels.sum(1, keepdims=True), 1))
+    loss = optax.softmax_cross_entropy(logits, labels / labels.sum(1, keepdims=True).clip(1))
     return {"count": counts.sum(), "top1": right[:, 0].sum(), "top5": right.any(1).sum(),
             "loss": jnp.where(counts, loss, 0).sum()} | host_metrics(batch)
 
@@ -185,40 +185,44 @@ def make_eval_step(config, replicated, split):
 
 
 def evaluate(params, evals, eval_step, split, prefix=""):
-  """Evaluates parameters on {name: (function() -> batches, what to say of them)} of `open_evals`.
-
-  Every image counts once, on any number of devices and processes.
+  """Evaluates parameters on {name: (function() -> batches, dict to say of them)} of `open_evals`.
 
   Returns:
-    {prefix + name: {"count", "top1" and "top5" in percent, "loss", "bad", ...}}, and the number of a
-    signal that ended it, or 0.
+    {prefix + name: {"count", "top1" and "top5" in percent, "loss", "bad", ...}}, each image counted
+    exactly once, and the number of a signal that ended it, or 0.
   """
   results = {}
   for name, (batches, about) in evals.items():
-    sums, last = collections.Counter(), {}
+    sums, metrics = collections.Counter(), {}
     for batch in batches():
       # The device works on this batch while the sums of the one before are read.
-      before, last = last, eval_step(params, put(batch, split))
+      before, metrics = metrics, eval_step(params, put(batch, split))
       sums.update({key: value.item() for key, value in before.items()})
       if sums["stop"]:
         return results, int(sums["stop"])
-    sums.update({key: value.item() for key, value in last.items()})
+    sums.update({key: value.item() for key, value in metrics.items()})
     if not sums["count"]:
-      raise UserError(f"--eval: not one image of {name} has a label and can be used ({about})")
+      raise UserError(f"--eval: no image of {name} can be used; look at what is in the data set")
     mean = {key: sums[key] / sums["count"] for key in ("top1", "top5", "loss")}
-    results[prefix + name] = {"count": sums["count"], "top1": 100 * mean["top1"], "top5": 100 *
-                              mean["top5"], "loss": mean["loss"], "bad": sums["bad"], **about}
+    results[prefix + name] = about | {
+        "count": sums["count"], "top1": 100 * mean["top1"], "top5": 100 * mean["top5"],
+        "loss": mean["loss"], "bad": sums["bad"]}
   return results, 0
 
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def check_batch_size(batch_size, devices, grad_accum):
-  """UserError unless every device gets the same number of rows in every part of a batch."""
+def check_run(total_steps, warmup_steps, batch_size, grad_accum, devices):
+  """UserError for what can be known to be wrong with a run before any work."""
   if batch_size % (devices * grad_accum):
     raise UserError(f"--batch_size={batch_size}: expected a multiple of {devices} devices times "
                     f"--grad_accum={grad_accum}")
+  if not total_steps:
+    raise UserError(f"--epochs is less than one step of --batch_size={batch_size}")
+  if total_steps <= warmup_steps:
+    raise UserError(f"--warmup_steps={warmup_steps} is not shorter than the run of {total_steps} "
+                    f"steps: pass --warmup_steps={total_steps // 10} or more --epochs")
 
 
 def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000, lr=1e-3,
@@ -231,15 +235,12 @@ def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000
     The rest are the flags of the same names.
 
   Returns:
-    init: function(params) -> state, a dict of all that training changes, which checkpoints hold.
-    step: function(state, batch of `put`) -> (state, metrics), jitted. It reuses the memory of the
-      state it is given. metrics, all []: "loss", "learning_rate", "grad_norm" (before clipping),
+    init: function(params) -> state, a dict of all that training changes and checkpoints hold.
+    step: function(state, batch of `put`) -> (state, metrics), jitted; it reuses the memory of the
+      old state. metrics, all []: "loss", "learning_rate", "grad_norm" (before clipping),
       "param_norm" (after the update), and those of `host_metrics`.
   """
-  if warmup_steps >= total_steps:
-    raise UserError(f"--warmup_steps={warmup_steps} is not shorter than the run of {total_steps} "
-                    f"steps: pass --warmup_steps={total_steps // 10} or more --epochs")
-  # Linear from 0 to 1, then a cosine to 0; 0 for the first update.
+  # From 0, for the first update, in a line to 1, then in a cosine to 0.
   schedule = optax.warmup_cosine_decay_schedule(0, 1, warmup_steps, total_steps)
   optimizer = make_optimizer(schedule, lr, weight_decay, grad_clip_norm)
 
@@ -248,7 +249,7 @@ def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000
 
   @jax.jit(in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
   def step(state, batch):
-    # The loss is a mean over rows that are split: hence XLA adds the gradients of all devices.
+    # The loss is a mean over rows that are split: hence XLA adds up the gradients of all devices.
     loss, grads = loss_and_grads(state["params"], batch, config, remat, grad_accum)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
@@ -264,43 +265,43 @@ def main(argv):
   # One axis of devices: the state is the same on all of them, the rows of a batch are split.
   start_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
   mesh = Mesh(jax.devices(), ("data",))
-  replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+  replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
-  # Model: as the flags say, and, with --init, otherwise as its file does
+  # The model is as the flags say, or with --init as its file does.
   weights, info = model.load(FLAGS.init) if FLAGS.init else ({}, model.Info())
   config = info.config._replace(
       attention="cudnn" if mesh.devices.flat[0].platform == "gpu" else "xla",
       **{field: FLAGS[field].value for field in model.Config._fields
          if field in FLAGS and (FLAGS[field].present or not FLAGS.init)})
+  settings = {name: FLAGS[name].value for name in (
+      "warmup_steps", "lr", "weight_decay", "grad_clip_norm", "grad_accum", "remat")}
+  reading = dict(image_size=config.image_size, dtype=config.dtype,
+                 process_index=jax.process_index(), process_count=jax.process_count(),
+                 skip_bad_images=FLAGS.skip_bad_images)
   if FLAGS.benchmark or FLAGS.eval_only or FLAGS.predict or FLAGS.export_timm or argv[1:]:
-    return instead_of_training(argv, weights, info, config, replicated, split)
+    return instead_of_training(argv, weights, info, config, replicated, split, settings, reading)
 
   # Data
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
   weights, label_names = fit_weights(weights, info, config, dataset)
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
-  check_batch_size(FLAGS.batch_size, jax.device_count(), FLAGS.grad_accum)
+  check_run(total_steps, FLAGS.warmup_steps, FLAGS.batch_size, FLAGS.grad_accum, mesh.size)
+  reading["label_names"] = label_names
   train_batches = functools.partial(
-      input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size,
-      image_size=config.image_size, randaug_layers=FLAGS.randaug_layers,
-      randaug_magnitude=FLAGS.randaug_magnitude, mixup_p=FLAGS.mixup, dtype=config.dtype,
-      seed=FLAGS.seed, label_names=label_names, process_index=jax.process_index(),
-      process_count=jax.process_count(), skip_bad_images=FLAGS.skip_bad_images)
-  evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, config, label_names,
-                     FLAGS.skip_bad_images)
+      input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size, seed=FLAGS.seed,
+      randaug_layers=FLAGS.randaug_layers, randaug_magnitude=FLAGS.randaug_magnitude,
+      mixup_p=FLAGS.mixup, **reading)
+  evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, mesh.size, reading)
 
   # Parameters, optimiser, step
   config = config._replace(num_classes=len(label_names))
   params = model.init_params(FLAGS.seed, config) | weights
-  init, train_step = make_training(
-      config, replicated, split, total_steps, warmup_steps=FLAGS.warmup_steps, lr=FLAGS.lr,
-      weight_decay=FLAGS.weight_decay, grad_clip_norm=FLAGS.grad_clip_norm,
-      grad_accum=FLAGS.grad_accum, remat=FLAGS.remat)
+  init, train_step = make_training(config, replicated, split, total_steps, **settings)
   eval_step = make_eval_step(config, replicated, split)
   recipe = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
             if flag.name not in NOT_RECIPE}
-  defaults = {name: flag.default for name, flag in recipe.items()} | {"data_order": 1}
+  defaults = {name: flag.default for name, flag in recipe.items()}
   recipe = {name: getattr(config, name, flag.value) for name, flag in recipe.items()}
   recipe["data_order"] = input_pipeline.ORDER
   state = restore_checkpoint(FLAGS.workdir, init(params), recipe, defaults, FLAGS.allow_changes)
@@ -310,8 +311,8 @@ def main(argv):
   # Loop
   run_log = RunLog(FLAGS.workdir, total_steps, FLAGS.batch_size, num_examples, FLAGS.log_every)
   log(f"{config.variant} with {sum(x.size for x in jax.tree.leaves(params)):,} parameters on "
-      f"{jax.device_count()} x {jax.devices()[0].device_kind}: {total_steps:,} steps of "
-      f"{FLAGS.batch_size}, {num_examples:,} images an epoch, in {FLAGS.workdir}.")
+      f"{mesh.size} x {jax.devices()[0].device_kind}: {total_steps:,} steps of {FLAGS.batch_size}, "
+      f"{num_examples:,} images an epoch. Checkpoints and logs go to {FLAGS.workdir}.")
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, handle_signal)
   about = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
@@ -323,7 +324,7 @@ def main(argv):
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
       results, stop = evaluate(state["params"], evals, eval_step, split)
       if not stop:  # else they are of a part only
-        run_log.evaluation(step, results)
+        run_log.evaluation(step, results, checkpoint_path(FLAGS.workdir, step))
       if stop or step >= total_steps:
         break
     batch = run_log.wait_for(batches)
@@ -334,7 +335,7 @@ def main(argv):
     if due or stop:
       if saved:
         saved.result()  # until the checkpoint before is written
-      # A copy, as the next step reuses the state's memory; it is written in the background.
+      # A copy, as the next step reuses the state's memory; the background writes it.
       saved = background.submit(save_checkpoint, FLAGS.workdir, jax.tree.map(np.array, state) | about,
                                 FLAGS.keep_every, last=bool(stop) or step == total_steps)
   if saved:
@@ -346,16 +347,14 @@ def main(argv):
   log(f"Done: {path}. Next: python train.py --init={path} --predict PICTURE.jpg")
 
 
-# --- Data and weights of a run --------------------------------------------------------------------
+# --- The data and the weights of a run ------------------------------------------------------------
 
 
 def fit_weights(weights, info, config, dataset):
-  """The weights of `model.load`, as far as they fit a model and a data set, and the model's classes.
+  """What of `model.load` fits a model and a data set, and the names of the model's classes.
 
-  Where the classes are the same in another order, the model keeps its own; the data's labels follow.
-
-  Returns:
-    nested dict of the parameters to start from, and the names of the C classes.
+  Other classes leave the head out. The same ones in another order stay in the order of the weights,
+  which the data's labels then follow.
   """
   label_names = input_pipeline.class_names(dataset)
   if not weights:
@@ -366,40 +365,34 @@ def fit_weights(weights, info, config, dataset):
   except input_pipeline.DatasetError as error:
     log(f"Starting with a new head: {error}.")
     weights.pop("head", None)
-  else:
-    if set(label_names) == set(info.label_names):
-      label_names = info.label_names
-  return weights, label_names
+  same = set(label_names) == set(info.label_names)
+  return weights, info.label_names if same else label_names
 
 
-def open_evals(names, dataset, data_dir, batch_size, config, label_names, skip_bad_images):
-  """What to evaluate: {name: (function() -> batches, {"dataset", "split", "image_size", "dtype"})}.
+def open_evals(names, dataset, data_dir, batch_size, devices, reading):
+  """{name: (function() -> batches, {"dataset", "split", "image_size", "dtype"})} of --eval.
 
-  What is not available is said and left out. The batch size is rounded up to what the devices share.
+  What is not available is said and left out; UserError if that is all.
 
-  Raises:
-    UserError: nothing is left.
+  Args:
+    batch_size: is rounded up to what the devices can share.
+    reading: further arguments of `input_pipeline.eval_batches`.
   """
-  evals, devices = {}, jax.device_count()
+  evals, batch_size = {}, -(-batch_size // devices) * devices
   for name in names:
     other, split, label = EVALS.get(name, (None, name, "label"))
     try:
       data = input_pipeline.open_dataset(other, data_dir) if other else dataset
       split = name if name in data.info.splits else split  # a folder may have a split "val"
-      size = input_pipeline.split_size(data, split)
-      input_pipeline.label_positions(data, label_names, label)
+      if input_pipeline.split_size(data, split) < 100:
+        log(f"  {name:10} has fewer than 100 images: its percentages are coarse.")
+      input_pipeline.label_positions(data, reading["label_names"], label)
     except input_pipeline.DatasetError as error:
       log(f"  {name:10} not available: {error}")
       continue
-    if size < 100:
-      log(f"  {name:10} has {size} images only: its percentages are coarse.")
-    evals[name] = functools.partial(
-        input_pipeline.eval_batches, data, split, -(-batch_size // devices) * devices, label=label,
-        image_size=config.image_size, dtype=config.dtype, label_names=label_names,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-        skip_bad_images=skip_bad_images), {
-            "dataset": data.name, "split": split, "image_size": config.image_size,
-            "dtype": config.dtype}
+    evals[name] = (
+        functools.partial(input_pipeline.eval_batches, data, split, batch_size, label=label, **reading),
+        {"dataset": data.name, "split": split} | {k: reading[k] for k in ("image_size", "dtype")})
   if not evals:
     raise UserError(f"--eval={','.join(names)}: none of these is available; expected minival, val, "
                     f"real, v2 or splits of {dataset.name}: {', '.join(dataset.info.splits)}")
@@ -412,14 +405,14 @@ def open_evals(names, dataset, data_dir, batch_size, config, label_names, skip_b
 class RunLog:
   """Lines on the screen; the same as JSON in log.jsonl, and TensorBoard events, in the workdir."""
 
-  def __init__(self, workdir, total_steps, batch_size, num_examples, log_every):
-    self.workdir, self.total_steps, self.batch_size = workdir, total_steps, batch_size
-    self.num_examples, self.log_every = num_examples, log_every
-    self.bad, self.speed, self.unread, self.since = 0, 0, None, None
-    self.started, self.waited = time.perf_counter(), 0.0
+  def __init__(self, workdir, total_steps=0, batch_size=0, num_examples=1, log_every=1):
+    self.workdir, self.total_steps, self.log_every = workdir, total_steps, log_every
+    self.batch_size, self.num_examples = batch_size, num_examples
+    self.bad, self.unread, self.speed = 0, None, {}
+    self.restart(None)
     if jax.process_index() == 0:
       make_workdir(workdir)
-      self.events, self.path = tf.summary.create_file_writer(workdir), os.path.join(workdir, "log.jsonl")
+      self.events = tf.summary.create_file_writer(workdir)
 
   def restart(self, step):
     """Measures speed from this step on."""
@@ -433,103 +426,91 @@ class RunLog:
     return batch
 
   def step(self, step, metrics, wait):
-    """Takes the metrics of a step, but reads those of the one before: so the device has work.
+    """Takes the metrics of a step, but reads those of the one before, so that the device has work.
 
-    Reads these, too, if `wait`, or if it is time to stop.
-
-    Returns:
-      The number of a signal that some process received, or 0.
-
-    Raises:
-      UserError: the loss, the gradients or the new parameters are not finite.
+    Reads these, too, if `wait`, or if it is time to stop. Returns the number of a signal that some
+    process received, or 0. UserError: loss, gradients or new parameters are not finite.
     """
     before, self.unread = self.unread, (step, metrics)
     stop = self._read(*before) if before else 0
     if wait or stop:
-      stop, self.unread = self._read(*self.unread) or stop, None
+      stop, self.unread = self._read(step, metrics) or stop, None
     return stop
 
   def _read(self, step, metrics):
-    metrics = {key: value.item() for key, value in metrics.items()}  # waits for the device
+    metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
     if not all(map(math.isfinite, metrics.values())):
-      raise UserError(f"not finite at step {step}: loss {metrics['loss']}, norm of the gradients "
-                      f"{metrics['grad_norm']}, of the parameters {metrics['param_norm']}. The last "
-                      f"checkpoint in {self.workdir} is from before; try a lower --lr or a longer "
-                      "--warmup_steps")
-    self.bad += metrics.pop("bad")
-    stop = metrics.pop("stop")
-    first, now = self.since is None, time.perf_counter()
-    if first or step % self.log_every == 0 or step == self.total_steps:
-      took, steps = now - self.started, step - (self.since or 0)
-      line = {"epoch": step * self.batch_size / self.num_examples, **metrics, "bad_images": self.bad}
-      if first:
-        tail = f"compiled and done after {took:.1f} s"
-      else:
-        if steps >= self.log_every or not self.speed:  # the last interval may be too short to tell
-          self.speed, self.wait = steps * self.batch_size / took, self.waited / took
-        left = datetime.timedelta(seconds=round((self.total_steps - step) * self.batch_size / self.speed))
-        line |= {"images_per_second": self.speed, "data_wait": self.wait}
-        tail = f"{self.speed:.0f} images/s  waiting for data {self.wait:.0%}  {left} left"
-      log(f"step {step}/{self.total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
-          f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.3f}  {tail}"
-          + f"  {self.bad} bad images left out" * bool(self.bad))
-      self.write(step, line)
-      self.restart(step)
+      raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint in {self.workdir} "
+                      "is from before; try a lower --lr or a longer --warmup_steps")
+    stop, self.bad = metrics.pop("stop"), self.bad + metrics.pop("bad")
+    if self.since is not None and step % self.log_every and step < self.total_steps:
+      return stop
+    took, first = time.perf_counter() - self.started, self.since is None
+    if not first and (not self.speed or step - self.since >= self.log_every):  # else too short to tell
+      speed = (step - self.since) * self.batch_size / took
+      self.speed = {"images_per_second": speed, "data_wait": self.waited / took}
+    line = metrics | self.speed | {"epoch": step * self.batch_size / self.num_examples,
+                                   "bad_images": self.bad}
+    text = (f"step {step}/{self.total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
+            f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.3f}  ")
+    if first:
+      text += f"compiled and done after {took:.1f} s"
+    else:
+      left = (self.total_steps - step) * self.batch_size / line["images_per_second"]
+      text += (f"{line['images_per_second']:.0f} images/s  waiting for data {line['data_wait']:.0%}  "
+               f"{datetime.timedelta(seconds=round(left))} left")
+    log(text + f"  {self.bad} bad images left out" * bool(self.bad))
+    self.write({"step": step} | line)
+    self.restart(step)
     return stop
 
-  def evaluation(self, step, results):
-    """Logs the results of `evaluate`."""
+  def evaluation(self, step, results, weights):
+    """Logs the results of `evaluate`, and writes them to eval.json. weights: the file of them."""
     log(f"Evaluation at step {step}:")
-    show(results, self.workdir, step, checkpoint_path(self.workdir, step))
-    self.write(step, {f"{name}/{key}": result[key] for name, result in results.items()
-                      for key in ("count", "top1", "top5", "loss")})
+    for name, result in results.items():
+      log("  {:10} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %   loss {loss:.4f}   {count:,} images"
+          .format(name, **result) + f"  ({result['bad']} bad images left out)" * bool(result["bad"]))
+    self.write({"step": step} | {f"{name}/{key}": result[key] for name, result in results.items()
+                                 for key in ("count", "top1", "top5", "loss")})
     self.restart(step)
-
-  def write(self, step, scalars):
-    """Appends {name: number} to log.jsonl and to TensorBoard's events."""
+    path = os.path.join(self.workdir, "eval.json")
     if jax.process_index() == 0:
-      with log_write_errors(f"The log in {self.workdir}"), self.events.as_default(step):
-        with tf.io.gfile.GFile(self.path, "a") as f:
-          f.write(json.dumps({"step": step} | scalars) + "\n")
-        for name, value in scalars.items():
+      with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
+        about = {"step": step, "weights": weights}
+        f.write(json.dumps({name: result | about for name, result in results.items()}, indent=2))
+
+  def write(self, line):
+    """Appends {name: number} to log.jsonl and to TensorBoard's events."""
+    path = os.path.join(self.workdir, "log.jsonl")
+    if jax.process_index() == 0:
+      with log_write_errors(path), self.events.as_default(line["step"] or 0):
+        with tf.io.gfile.GFile(path, "a") as f:
+          f.write(json.dumps(line) + "\n")
+        for name, value in line.items():
           tf.summary.scalar(name, value)
         self.events.flush()
 
 
 @contextlib.contextmanager
-def log_write_errors(what):
+def log_write_errors(path):
   """A full disk is no reason to lose a run: what could not be written is a line in the log."""
   try:
     yield
   except (OSError, tf.errors.OpError) as error:
-    log(f"{what} could not be written ({error}); the run goes on.")
-
-
-def show(results, workdir, step, weights):
-  """Prints the results of `evaluate`, and writes them to eval.json in the workdir."""
-  for name, result in results.items():
-    log(f"  {name:10} top-1 {result['top1']:6.2f} %   top-5 {result['top5']:6.2f} %   loss "
-        f"{result['loss']:.4f}   {result['count']:,} images"
-        + f"  ({result['bad']} bad images left out)" * bool(result["bad"]))
-  if jax.process_index() == 0:
-    path = os.path.join(workdir, "eval.json")
-    with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
-      about = {"step": step, "weights": weights}
-      f.write(json.dumps({name: result | about for name, result in results.items()}, indent=2) + "\n")
+    log(f"{path} could not be written ({error}); the run goes on.")
 
 
 # --- Processes and signals ------------------------------------------------------------------------
 
 
 def start_processes(coordinator, num_processes, process_id):
-  """Joins the other processes: on TPU pods and under srun JAX finds them, else the flags name them."""
+  """Joins the other processes: on TPU pods and under srun JAX finds them, else flags name them."""
+  under_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
   if coordinator:
     if num_processes is None or process_id is None:
       raise UserError("--coordinator needs --num_processes and --process_id")
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
-    return
-  under_srun = "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
-  if under_srun or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+  elif under_srun or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
     jax.distributed.initialize()
 
 
@@ -587,16 +568,15 @@ def checkpoints(workdir):
 def save_checkpoint(workdir, state, keep_every=0, last=False):
   """Writes a checkpoint, then deletes all but it, the last two and the multiples of `keep_every`.
 
-  state: a nested dict of arrays. That it cannot be written is an error only if it is the last one.
+  state: nested dict of arrays. That it cannot be written is an error only if it is the last one.
   """
-  if jax.process_index() != 0:
-    return
   written = checkpoint_path(workdir, int(state["step"]))
   try:
-    write_npz(written, model.flatten(state))
-    for step, path in checkpoints(workdir)[:-2]:
-      if path != written and not (keep_every and step % keep_every == 0):
-        tf.io.gfile.remove(path)
+    if jax.process_index() == 0:
+      write_npz(written, model.flatten(state))
+      for step, path in checkpoints(workdir)[:-2]:
+        if path != written and not (keep_every and step % keep_every == 0):
+          tf.io.gfile.remove(path)
   except (OSError, tf.errors.OpError) as error:
     message = f"A checkpoint could not be written to {workdir} ({error}); the previous one is kept"
     if last:
@@ -609,9 +589,9 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
 
   Args:
     workdir: any path that tf.io.gfile handles; all processes must see the same one.
-    state: a state with the names, shapes and dtypes to expect.
+    state: has the names, shapes and dtypes to expect.
     recipe: {flag: value} of this run.
-    defaults: {flag: value} for what a checkpoint does not say, as its code did not know it.
+    defaults: {flag: value} of flags that the checkpoint's code did not have.
     allow_changes: resume although the recipe is not the checkpoint's.
 
   Raises:
@@ -619,31 +599,30 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
       model, or the processes found different ones.
   """
   found, expected = checkpoints(workdir)[::-1], model.flatten(jax.device_get(state))
-  newest = None
   for _, path in found:
     try:
       arrays = model.read_npz(path)
-      before = defaults | json.loads(arrays["flags"].item())
-      newest = path
-      break
+      before = {"data_order": 1} | defaults | json.loads(arrays["flags"].item())
     except (KeyError, ValueError, TypeError) as error:
-      log(f"{path}: {error!r}. Trying the previous one.")
-  if found and not newest:
-    raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
-  if newest:
+      log(f"{path} is no checkpoint of train.py ({error}). Trying the previous one.")
+      continue
     changes = [f"--{name}={before.get(name)} (now {recipe.get(name, 'unknown')})"
                for name in sorted((before | recipe).keys() - NOT_RECIPE)
-               if name not in recipe or before[name] != recipe[name]]
+               if name not in recipe or before.get(name) != recipe[name]]
     if changes and not allow_changes:
-      raise UserError(f"{newest} was trained with {', '.join(changes)}. Give the same flags, or "
-                      "another --workdir, or --allow_changes to go on with the new ones.")
+      raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or another "
+                      "--workdir, or --allow_changes to go on with the new ones.")
     wrong = [name for name, x in expected.items() if name not in arrays
              or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
     if wrong:
-      raise UserError(f"{newest} does not fit the model: {', '.join(wrong[:3])} missing, or of "
-                      "another shape or type; give another --workdir")
-    log(f"Resuming after step {int(arrays['step'])} from {newest}.")
+      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of another "
+                      "shape or type; give another --workdir")
+    log(f"Resuming after step {int(arrays['step'])} from {path}.")
     expected = {name: arrays[name] for name in expected}
+    break
+  else:
+    if found:
+      raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
   if np.ptp(multihost_utils.process_allgather(np.int32(expected["step"]))):
     raise UserError(f"the processes do not see the same checkpoints: --workdir={workdir} must be one "
                     "that all share")
@@ -653,79 +632,45 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
 # --- Instead of training --------------------------------------------------------------------------
 
 
-def instead_of_training(argv, weights, info, config, replicated, split):
-  """What --benchmark, --eval_only, --predict and --export_timm ask for."""
+def instead_of_training(argv, weights, info, config, replicated, split, settings, reading):
+  """What --benchmark, --eval_only, --predict and --export_timm ask for; arguments as in `main`."""
   if argv[1:] and not FLAGS.predict:
     raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
+  if FLAGS.topology:
+    return benchmark_topology(FLAGS.topology, config, FLAGS.batch_size, settings)
   if FLAGS.benchmark:
-    config = config._replace(num_classes=1000)
-    settings = dict(warmup_steps=FLAGS.warmup_steps, lr=FLAGS.lr, weight_decay=FLAGS.weight_decay,
-                    grad_clip_norm=FLAGS.grad_clip_norm, grad_accum=FLAGS.grad_accum,
-                    remat=FLAGS.remat)
-    if FLAGS.topology:
-      return benchmark_topology(FLAGS.topology, config, FLAGS.batch_size, settings)
     return benchmark(config, FLAGS.batch_size, replicated, split, settings)
-  if not weights:
-    raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz")
-  if not config.num_classes:
-    raise UserError(f"--init={FLAGS.init} has no head, so it can only be trained from")
+  if not config.num_classes or not weights:
+    raise UserError("--eval_only, --predict and --export_timm need weights with a head: --init=FILE.npz"
+                    + f" has none, so it can only be trained from, not {FLAGS.init}" * bool(weights))
   weights = model.fit(weights, info.config, config)
   if not np.any(weights["head"]["kernel"]):
-    log(f"--init={FLAGS.init}: the head is all zeros, that is, untrained.")
+    log(f"The head of --init={FLAGS.init} is all zeros, that is, untrained.")
   if FLAGS.export_timm:
     export_timm(model.flatten(weights), config, FLAGS.export_timm)
-  params = jax.make_array_from_process_local_data(replicated, weights)
   if FLAGS.predict:
-    predict(params, config, info.label_names, FLAGS.predict + argv[1:], FLAGS.workdir)
+    predict(weights, config, info.label_names, FLAGS.predict + argv[1:], FLAGS.workdir)
   if FLAGS.eval_only:
-    make_workdir(FLAGS.workdir)
-    name = FLAGS.dataset if FLAGS["dataset"].present else info.recipe.get("dataset", FLAGS.dataset)
-    dataset = input_pipeline.open_dataset(name, FLAGS.data_dir)
-    evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, config,
-                       info.label_names, FLAGS.skip_bad_images)
+    run_log, name = RunLog(FLAGS.workdir), info.recipe.get("dataset", FLAGS.dataset)
+    name = FLAGS.dataset if FLAGS["dataset"].present else name
+    evals = open_evals(FLAGS.eval, input_pipeline.open_dataset(name, FLAGS.data_dir), FLAGS.data_dir,
+                       FLAGS.batch_size, split.num_devices, reading | {"label_names": info.label_names})
+    params = jax.make_array_from_process_local_data(replicated, weights)
     results, _ = evaluate(params, evals, make_eval_step(config, replicated, split), split)
-    show(results, FLAGS.workdir, info.step, FLAGS.init)
+    run_log.evaluation(info.step, results, FLAGS.init)
 
 
 def export_timm(params, config, path):
   """Writes parameters {name: array} as timm's VisionTransformer.load_pretrained reads them."""
   if config.posemb == "sincos2d":  # timm knows learned ones only
     P, D, *_ = config.sizes
-    side = config.image_size // P
-    params = params | {"pos_embedding": model.sincos2d(side, side, D)[None]}
+    params = params | {"pos_embedding": model.sincos2d(*[config.image_size // P] * 2, D)[None]}
   try:
     write_npz(path, {f"params/{name}": array for name, array in params.items()})
   except (OSError, tf.errors.OpError) as error:
     raise UserError(f"--export_timm={path} cannot be written: {error}") from None
-  log(f"Wrote {path}." + " It has an MLP head, of which timm reads the last layer only: copy both "
-      "layers, as README.md shows." * (config.head == "mlp"))
-
-
-def pictures_in(paths):
-  """The files that paths, patterns such as *.jpg, and folders stand for."""
-  files = []
-  for path in paths:
-    if tf.io.gfile.isdir(path):
-      path = os.path.join(path, "*")
-    found = sorted(tf.io.gfile.glob(path)) if "*" in path else [path]
-    files += [name for name in found if name.lower().endswith(input_pipeline.ENDINGS)
-              or name in paths]
-    if not files:
-      raise UserError(f"--predict={path}: no picture there")
-  return files
-
-
-def upright(path):
-  """The bytes of a picture, turned as its camera says in the Exif data: a PNG if that is needed."""
-  from PIL import Image, ImageOps  # comes with tensorboard; pylint: disable=g-import-not-at-top
-  with tf.io.gfile.GFile(path, "rb") as file:
-    encoded = file.read()
-  with Image.open(io.BytesIO(encoded)) as image:
-    if image.getexif().get(0x0112, 1) != 1:  # the orientation
-      turned = io.BytesIO()
-      ImageOps.exif_transpose(image).save(turned, "PNG")
-      encoded = turned.getvalue()
-  return encoded
+  log(f"Wrote {path}." + " Of its MLP head timm reads the last layer only: README.md shows how to "
+      "copy both." * (config.head == "mlp"))
 
 
 def predict(params, config, label_names, paths, workdir):
@@ -734,83 +679,103 @@ def predict(params, config, label_names, paths, workdir):
   paths: of pictures, patterns of paths such as *.jpg, or folders of pictures.
   """
   make_workdir(workdir)
-  out, pictures, captions = os.path.join(workdir, "predictions.png"), [], []
-  for path in pictures_in(paths):
-    try:
-      image = input_pipeline.eval_image(upright(path), config.image_size)
-    except (tf.errors.OpError, OSError) as error:
-      raise UserError(f"--predict={path}: not a picture that can be read ({error})") from None
-    images = input_pipeline.scale(image)[None].numpy()  # [1, I, I, 3]
-    probs = np.asarray(jax.nn.softmax(model.forward(params, images, config)))[0]  # [C]
-    best = probs.argsort()[::-1][:5]
-    log(f"{path}: " + ", ".join(f"{label_names[c]} {probs[c]:.1%}" for c in best))
-    heat = np.asarray(model.attention_map(params, images, config))[0, ..., None]  # [I/P, I/P, 1]
-    heat = tf.image.resize(heat / heat.max(), image.shape[:2]).numpy()
-    pictures += [image.numpy(), np.uint8(image.numpy() * (0.2 + 0.8 * heat))]
-    captions += [f"{os.path.basename(path)}: {label_names[best[0]]} {probs[best[0]]:.0%}",
-                 "attention of the last block"]
-  augment.draw_grid(out, pictures, captions, columns=2 * min(4, len(pictures) // 2))
+  drawn, captions, out = [], [], os.path.join(workdir, "predictions.png")
+  for path in paths:
+    pattern = os.path.join(path, "*") if tf.io.gfile.isdir(path) else path
+    for name in sorted(tf.io.gfile.glob(pattern)) or [path]:
+      if name != path and not name.lower().endswith(input_pipeline.ENDINGS):
+        continue
+      try:
+        image = input_pipeline.eval_image(upright(name), config.image_size)
+      except (tf.errors.OpError, OSError) as error:
+        raise UserError(f"--predict={name}: not a picture that can be read ({error})") from None
+      images = input_pipeline.scale(image)[None].numpy()  # [1, I, I, 3]
+      probs = np.asarray(jax.nn.softmax(model.forward(params, images, config)))[0]  # [C]
+      best = probs.argsort()[::-1][:5]
+      log(f"{name}: " + ", ".join(f"{label_names[c]} {probs[c]:.1%}" for c in best))
+      heat = np.asarray(model.attention_map(params, images, config))[0, ..., None]  # [I/P, I/P, 1]
+      heat = tf.image.resize(heat / heat.max(), image.shape[:2]).numpy()
+      drawn += [image.numpy(), np.uint8(image.numpy() * (0.2 + 0.8 * heat))]
+      captions += [f"{os.path.basename(name)}: {label_names[best[0]]} {probs[best[0]]:.0%}",
+                   "attention of the last block"]
+  if not drawn:
+    raise UserError(f"--predict={','.join(paths)}: no picture there")
+  augment.draw_grid(out, drawn, captions, columns=min(8, len(drawn)))
   log(f"Wrote {out}.")
 
 
-def compile_step(config, batch_size, replicated, split, **settings):
+def upright(path):
+  """The bytes of a picture; a PNG, turned as the Exif data say, if its camera was held upright."""
+  from PIL import Image, ImageOps  # comes with tensorboard; pylint: disable=g-import-not-at-top
+  encoded, turned = tf.io.read_file(path).numpy(), io.BytesIO()
+  with Image.open(io.BytesIO(encoded)) as image:
+    if image.getexif().get(0x0112, 1) == 1:  # the orientation
+      return encoded
+    ImageOps.exif_transpose(image).save(turned, "PNG")
+  return turned.getvalue()
+
+
+# --- Benchmarks -----------------------------------------------------------------------------------
+
+
+def compile_step(config, batch_size, replicated, split, settings):
   """The training step, compiled from shapes alone, for whatever devices the shardings name.
 
   Returns:
-    The compiled step, the GiB that it takes on each device, and the shapes of a batch.
+    `init` of `make_training`, the compiled step, {name: shape} of a batch, the GiB on each device.
   """
-  check_batch_size(batch_size, split.num_devices, settings["grad_accum"])
+  check_run(10 ** 6, settings["warmup_steps"], batch_size, settings["grad_accum"], split.num_devices)
   init, step = make_training(config, replicated, split, 10 ** 6, **settings)
   state = jax.eval_shape(lambda: init(model.init_params(0, config)))
   B, I, C = batch_size, config.image_size, config.num_classes
   batch = {"images": jax.ShapeDtypeStruct((B, I, I, 3), config.dtype),
-           "labels": jax.ShapeDtypeStruct((B, C), jnp.float32),
-           "bad": jax.ShapeDtypeStruct((B,), bool), "stop": jax.ShapeDtypeStruct((B,), jnp.int32)}
+           "labels": jax.ShapeDtypeStruct((B, C), np.float32),
+           "bad": jax.ShapeDtypeStruct((B,), bool), "stop": jax.ShapeDtypeStruct((B,), np.int32)}
   compiled = step.lower(state, batch).compile()
   m = compiled.memory_analysis()
-  return compiled, (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
-                    - m.alias_size_in_bytes) / 2 ** 30, batch
+  size = (m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes
+          - m.alias_size_in_bytes) / 2 ** 30  # the new state is written over the old one
+  return init, compiled, batch, size
 
 
-GIB = {"v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a device, which no compiler says
+GIB = {"v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a device: no compiler says it
 
 
 def benchmark_topology(topology, config, batch_size, settings):
-  """Compiles the step for TPUs that are not here, and prints what it takes; exit code 1: too large."""
+  """Compiles the step for TPUs that are not here, and prints what it takes; exit code 1: too much."""
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
-  kind = topology.split(":")[0]
-  # JAX shows the two halves of a chip of v4 as one device.
-  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  kind, given = topology.split(":")[0], settings["grad_accum"]
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    have = GIB[kind]
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology,
+        # JAX shows the two halves of a chip of v4 as one device.
+        **{"chip_config_name": "megacore"} if kind == "v4" else {}).devices
+    mesh, gib = Mesh(np.array(devices), ("data",)), GIB[kind]
   except (RuntimeError, KeyError) as error:
-    raise UserError(f"--topology={topology}: {error}; expected one of {', '.join(GIB)} with a shape, "
-                    "such as v3:2x2 or v5e:2x4, and pip install \"jax[tpu]\"") from None
-  mesh = Mesh(np.array(devices), ("data",))
-  shardings = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-  given = settings.pop("grad_accum")
+    raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}; expected a shape of "
+                    f"{', '.join(GIB)}, such as v3:2x2, and pip install \"jax[tpu]\"") from None
+  shardings = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",))]
   for parts in (given, *(n for n in (2, 4, 8) if n > given)):
-    log(f"Compiling for {len(devices)} x {kind}, --grad_accum={parts}; this takes a minute or more.")
+    log(f"Compiling for {mesh.size} x {kind} with --grad_accum={parts}: a minute or more ...")
     try:
-      compiled, need, _ = compile_step(config, batch_size, *shardings, grad_accum=parts, **settings)
-      break
+      _, step, _, size = compile_step(config, batch_size, *shardings, settings | {"grad_accum": parts})
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
-      log(str(error).splitlines()[0])
-  else:
-    raise UserError(f"--batch_size={batch_size} does not fit {topology}, nor with --grad_accum=8")
-  cost = compiled.cost_analysis()
-  log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on {len(devices)} "
-      f"x {kind}: {need:.2f} of {have} GiB a device, {cost['bytes accessed'] / 1e9:.1f} GB moved a "
-      "step" + f", the compiler's estimate {1000 * cost['optimal_seconds']:.0f} ms" * (kind == "v3"))
-  if parts > given:
-    raise UserError(f"--batch_size={batch_size} does not fit {topology}; --grad_accum={parts} does")
+      continue
+    if parts > given:
+      raise UserError(f"--batch_size={batch_size} is too large for {topology}: --grad_accum={parts} "
+                      f"mends it, with {size:.2f} of {gib} GiB a device")
+    cost = step.cost_analysis()
+    return log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on "
+               f"{mesh.size} x {kind}: {size:.2f} of {gib} GiB a device, "
+               f"{cost['bytes accessed'] / 1e9:.1f} GB moved a step" + ", the compiler's estimate is "
+               f"{1000 * cost['optimal_seconds']:.0f} ms" * (kind == "v3"))  # it has one for v3 only
+  raise UserError(f"--batch_size={batch_size} is too large for {topology}, with --grad_accum=8, too")
 
 
 def benchmark(config, batch_size, replicated, split, settings, rounds=5):
-  """Prints the speed of the step on random data, against the best matrix product of the device."""
+  """Prints the speed of the step on random data, beside that of a large matrix product."""
 
   def seconds(function, repeats):  # of one call, when calls follow each other as steps do
     jax.block_until_ready(function())
@@ -820,40 +785,36 @@ def benchmark(config, batch_size, replicated, split, settings, rounds=5):
     jax.block_until_ready(out)
     return (time.perf_counter() - started) / repeats
 
-  started = time.perf_counter()
   log("Compiling the step ...")
-  step, need, shapes = compile_step(config, batch_size, replicated, split, **settings)
-  rng, b = np.random.default_rng(0), batch_size // jax.process_count()
-  batch = {"images": rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype),
-           "labels": np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, 1000, b)],
-           "bad": np.zeros(b, bool)}
-  batch, params = put(batch, split), model.init_params(0, config)
-  init, _ = make_training(config, replicated, split, 10 ** 6, **settings)
-  state = jax.make_array_from_process_local_data(replicated, jax.device_get(init(params)))
-  compiled = time.perf_counter()
+  started = time.perf_counter()
+  init, step, shapes, size = compile_step(config, batch_size, replicated, split, settings)
+  compiled, rng, b = time.perf_counter(), np.random.default_rng(0), batch_size // jax.process_count()
+  images = rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype)
+  labels = np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, config.num_classes, b)]
+  batch = put({"images": images, "labels": labels, "bad": np.zeros(b, bool)}, split)
+  replicate = functools.partial(jax.make_array_from_process_local_data, replicated)
+  state = replicate(jax.device_get(init(model.init_params(0, config))))
+  ready = time.perf_counter()
   state, metrics = step(state, batch)
   jax.block_until_ready(metrics)
-  log(f"Compiled in {compiled - started:.1f} s, first step {time.perf_counter() - compiled:.1f} s.")
+  log(f"Compiled in {compiled - started:.1f} s, first step {time.perf_counter() - ready:.1f} s.")
 
   def next_step():
     nonlocal state
     state, metrics = step(state, batch)
     return metrics
 
-  multiply, repeats = jax.jit(jnp.matmul), 2 if jax.default_backend() == "cpu" else 20
-  factors = [[jax.make_array_from_process_local_data(replicated, np.ones(shape, config.dtype))
-              for shape in shapes] for shapes in ([(4096, 4096)] * 2, [(3136, 1536), (1536, 1536)])]
-  rates, times = [], []
-  for _ in range(rounds):
-    rates += [2 * len(x) * w.size * jax.device_count() / seconds(lambda: multiply(x, w), 2 * repeats)
-              for x, w in factors]
-    times.append(seconds(next_step, repeats))
-  best, took = max(statistics.median(rates[i::2]) for i in (0, 1)), statistics.median(times)
-  flops = 3 * batch_size * model.flops(config)
+  multiply, x = jax.jit(jnp.matmul), replicate(np.ones((4096, 4096), config.dtype))
+  repeats = 2 if jax.default_backend() == "cpu" else 20
+  times = [(seconds(lambda: multiply(x, x), 2 * repeats), seconds(next_step, repeats))
+           for _ in range(rounds)]
+  product, took = map(statistics.median, zip(*times))
+  rate, best = (flops / 1e9 for flops in (3 * batch_size * model.flops(config) / took,
+                                          2 * 4096 ** 3 * jax.device_count() / product))
   log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on "
       f"{jax.device_count()} x {jax.devices()[0].device_kind}: {batch_size / took:.2f} images/s, "
-      f"{flops / took / 1e9:,.0f} GFLOP/s, {flops / took / best:.2f} of the best matrix product's "
-      f"{best / 1e9:,.0f}; {need:.1f} GiB a device.")
+      f"{rate:,.0f} GFLOP/s, {rate / best:.2f} of a matrix product's {best:,.0f}; {size:.1f} GiB "
+      "a device.")
 
 
 # --- Start ----------------------------------------------------------------------------------------
@@ -862,12 +823,13 @@ def benchmark(config, batch_size, replicated, split, settings, rounds=5):
 def run(argv):
   """`main`, with a line instead of a traceback for what the user can fix."""
   logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
-  if FLAGS.topology:  # libtpu need not look for TPUs here
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  if FLAGS.topology:  # a TPU that is not here must not be looked for
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     jax.config.update("jax_platforms", "cpu")
   try:
     return main(argv)
-  except (UserError, model.WeightsError, input_pipeline.DatasetError, input_pipeline.BadImage) as error:
+  except (UserError, model.WeightsError, input_pipeline.DatasetError,
+          input_pipeline.BadImage) as error:
     message = f"Error: {error}"
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
