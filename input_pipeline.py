@@ -4,15 +4,15 @@
 
 prepares the data set if it is not there yet, from the archives in `--manual_dir=DIR` (for
 imagenet2012: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the second alone); with
-`--prepare_only` that is all. Then it measures (a) JPEG decode-and-crop alone, the limit, (b) the
-training pipeline and (c) the evaluation pipeline, and draws one training batch as the model sees it.
+`--prepare_only` that is all. Then it draws one training batch as the model sees it, and measures
+JPEG decode-and-crop alone, which is the limit, the training and the evaluation pipeline.
 
-The order of examples and every random choice are functions of the seed and of the example's place in
-the endless stream of epochs: batch k of size B holds the examples k*B ... k*B + B - 1. Nothing else
-is random, so the pipeline starts at any step without having decoded what came before, and the number
-of threads or processes changes nothing (with one exception, of `skip_bad_images`).
+The order of examples and every random choice are functions of the seed and of the example's place
+in the endless stream of epochs: batch k of size B holds the examples k*B ... k*B + B - 1. So the
+pipeline starts at any step without having decoded what came before, and the number of threads or
+processes changes nothing (with one exception, of `skip_bad_images`).
 
-Shapes: B batch, b this process's share of it, I image side, C classes.
+Shapes: B batch, b this process's share of it, I image side, C classes; [] is a number.
 """
 
 import collections
@@ -38,7 +38,7 @@ for _kind in ("GPU", "TPU"):  # TensorFlow feeds the accelerator; it must not ta
   tf.config.set_visible_devices([], _kind)
 
 THREADS = os.cpu_count()
-# Independent streams of random numbers, at most 64. A new one goes to the end, or the old ones change.
+# Independent streams of random numbers, at most 64. A new one goes to the end.
 STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")
 
 
@@ -97,7 +97,7 @@ def decode_random_crop(image_bytes, seed):
 
 
 def train_image(image_bytes, seed, index, image_size=224, randaug_layers=2, randaug_magnitude=10):
-  """Encoded bytes -> uint8 [I, I, 3]: crop, resize, flip, RandAugment, all drawn from seed, index."""
+  """Encoded bytes -> uint8 [I, I, 3]: crop, resize, flip, RandAugment, drawn from (seed, index)."""
   image = decode_random_crop(image_bytes, seed_for("crops", seed, index))
   image = tf.image.resize(image, (image_size, image_size))  # bilinear, without antialiasing
   image = tf.cast(tf.clip_by_value(image, 0, 255), tf.uint8)  # truncated
@@ -147,19 +147,19 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
     split: "train[:99%]" in the report.
     batch_size: B, a multiple of process_count.
     image_size: I, in pixels.
-    dtype: of the images; the one the model multiplies in, so that no more bytes are moved than read.
+    dtype: of the images; the one the model multiplies in, as more bytes need not be moved.
     label_names: the C classes in the model's order; None: in the data set's.
     process_index, process_count: this process takes the rows [index * b, (index + 1) * b),
       b = B / process_count.
-    skip_bad_images: a record that cannot be used is replaced by another row that this process read,
-      so that no later step changes (but these batches depend on the number of processes).
+    skip_bad_images: another row of this process stands in for a record that cannot be used, so
+      that no later step changes (but these batches depend on the number of processes).
 
   Yields:
-    dict of numpy arrays: images [b, I, I, 3] in [-1, 1], labels float32 [b, C], and bad, bool [b],
+    dict of numpy arrays: images [b, I, I, 3] in [-1, 1], labels float32 [b, C], and bad, bool [b]:
     which rows stand in for a record that could not be used.
 
   Raises:
-    BadImage: a record cannot be used, and skip_bad_images is False; or no record of a batch can.
+    BadImage: a record cannot be used, and skip_bad_images is False, or no record of a batch can.
   """
   b = batch_size // process_count
   first = process_index * b
@@ -176,10 +176,10 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
 
   def finish(step, batch):
     if skip_bad_images:  # a bad row becomes a copy of the first good one
-      good = tf.cast(~batch["bad"], tf.int32)
-      tf.debugging.assert_positive(tf.reduce_max(good), "no picture of this batch can be used")
-      source = tf.where(batch["bad"], tf.argmax(good, output_type=tf.int32), tf.range(len(rows)))
-      batch |= {key: tf.gather(batch[key], source) for key in batch if key != "bad"}
+      good = tf.argmax(tf.cast(~batch["bad"], tf.int32), output_type=tf.int32)
+      tf.debugging.assert_equal(batch["bad"][good], False, "no record of a batch can be used")
+      source = tf.where(batch["bad"], good, tf.range(len(rows)))
+      batch |= {key: tf.gather(x, source) for key, x in batch.items() if key != "bad"}
     if mixup_p:
       batch["images"], batch["labels"] = augment.mixup(
           batch["images"], batch["labels"], seed_for("mixup", seed, step), mixup_p, scale, dtype)
@@ -188,10 +188,8 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
     return {key: x[mine] for key, x in batch.items()}
 
   records = shuffled_records(dataset, split, seed, start_step * batch_size)
-  ds = _batches(records.enumerate(start_step * batch_size), example, rows, batch_size,
-                skip_bad_images)
-  ds = ds.enumerate(start_step).map(finish, num_parallel_calls=2)
-  return _iterate(ds, lambda done: records.enumerate().skip(done * batch_size), read, example)
+  _, batches = _batches(records, example, finish, rows, batch_size, start_step, skip_bad_images)
+  return batches
 
 
 def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, dtype="bfloat16",
@@ -201,13 +199,13 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
 
   Args:
     label: the feature that holds the label, or the set of right labels ("real_label").
-    passes: over the split; None is endless.
+    passes: over the split.
     The rest are as in `train_batches`.
 
   Yields:
     dict of numpy arrays: images [b, I, I, 3] in [-1, 1], labels float32 [b, C], 1 for each right
-    answer, mask, bool [b], which rows are real, and bad, bool [b], which could not be used. What
-    fills the last batch is not real, nor is what is bad.
+    answer, mask, bool [b]: which rows are real, and bad, bool [b]: which could not be used. Not
+    real are the bad ones, and what fills the last batch.
 
   Raises:
     BadImage: a record cannot be used, and skip_bad_images is False.
@@ -220,33 +218,33 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
     image_bytes, labels = read(record)
     return {"images": eval_image(image_bytes, image_size), "labels": label_set(labels, positions)}
 
-  def finish(batch):
+  def finish(_, batch):
     images = tf.cast(scale(batch["images"]), dtype)
     return batch | {"images": images, "mask": ~batch["bad"]}
 
   records = read_records(dataset, split).repeat(passes)
-  ds = _batches(records.enumerate(), example, rows, batch_size, skip_bad_images).map(finish)
-  batches = _iterate(ds, lambda done: records.enumerate().skip(done * batch_size), read, example)
-  count = -(-split_size(dataset, split) * passes // batch_size) if passes else sys.maxsize
-  blank = {key: np.zeros([b, *spec.shape[1:]], spec.dtype.as_numpy_dtype)
-           for key, spec in ds.element_spec.items()}
-  for _ in range(count):
-    batch = next(batches, blank)  # other processes may have rows of the last batch when we have none
+  spec, batches = _batches(records, example, finish, rows, batch_size, 0, skip_bad_images)
+  blank = {key: np.zeros([b, *x.shape[1:]], x.dtype.as_numpy_dtype) for key, x in spec.items()}
+  for _ in range(-(-split_size(dataset, split) * passes // batch_size)):
+    batch = next(batches, {key: x[:0] for key, x in blank.items()})  # others may have the last rows
     missing = b - len(batch["mask"])
     yield {key: np.concatenate([x, blank[key][:missing]]) if missing else x
            for key, x in batch.items()}
 
 
-def _batches(records, example, rows, batch_size, skip_bad_images):
-  """Dataset of batches of one process's rows, with a key "bad", bool [b].
+def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_images):
+  """One process's share of the batches of a stream of records.
 
   Args:
-    records: Dataset of (index in the stream, record).
-    example: function(index, record) -> dict of tensors; fails if the record is bad.
+    records: Dataset of the records from the first one of batch `start_step` on.
+    example: function(index in the stream, record) -> dict of tensors; fails if the record is bad.
+    finish: function(step, batch, with "bad", bool [rows]: which are zeros as their record is bad).
     rows: the rows of a global batch that this process reads.
-    batch_size: B.
-    skip_bad_images: put zeros where a record is bad instead of failing.
+
+  Returns:
+    The types of what `finish` returns, and an iterator over it as numpy arrays.
   """
+  records = records.enumerate(start_step * batch_size)
   if len(rows) < batch_size:
     wanted = tf.constant([row in rows for row in range(batch_size)])
     records = records.filter(lambda index, _: wanted[index % batch_size])
@@ -258,42 +256,34 @@ def _batches(records, example, rows, batch_size, skip_bad_images):
     # ignore_errors on the whole stream would drop the row and shift all later ones; on a stream of
     # one it leaves a gap.
     ds = tf.data.Dataset.from_tensors((index, record)).map(good)
-    zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), ds.element_spec)
-    zeros = tf.data.Dataset.from_tensors(zeros | {"bad": True})
-    return ds.ignore_errors().concatenate(zeros).take(1).get_single_element()
+    zeros = {key: tf.zeros(x.shape, x.dtype) for key, x in ds.element_spec.items()} | {"bad": True}
+    ds = ds.ignore_errors().concatenate(tf.data.Dataset.from_tensors(zeros))
+    return ds.take(1).get_single_element()
 
   ds = records.map(good_or_zeros if skip_bad_images else good, num_parallel_calls=THREADS)
-  return ds.batch(len(rows))
-
-
-def _iterate(ds, records_from, read, example):
-  """Iterates over a Dataset of batches as numpy arrays; an error becomes a BadImage with its reason.
-
-  records_from: function(batches done) -> Dataset of (index, record) to look for the bad one in.
-  """
+  ds = ds.batch(len(rows)).enumerate(start_step).map(finish, num_parallel_calls=2).prefetch(2)
   options = tf.data.Options()
-  # Every parallelism is set, so there is nothing to tune; the tuner keeps a process from ending.
-  options.autotune.enabled = False
-  done = 0
-  try:
-    for batch in ds.prefetch(2).with_options(options).as_numpy_iterator():
-      yield batch
-      done += 1
-  except tf.errors.OpError as error:
-    reason = lambda error: error.message.split("}} ")[-1].split(" [Op")[0].splitlines()[0]
-    if "no picture of this batch" in error.message:
-      raise BadImage("no picture of a batch can be used; look at what is in the data set") from None
+  options.autotune.enabled = False  # nothing is left to tune, and it keeps a process from ending
+
+  def iterate():
+    done = 0
     try:
-      for index, record in records_from(done):
-        try:
-          example(index, record)
-        except tf.errors.OpError as bad:
-          raise BadImage(f"bad record {_printable(record['id'])}: {reason(bad)} "
-                         "(--skip_bad_images leaves such records out)") from None
-    except tf.errors.OpError:  # the stream itself
-      pass
-    raise BadImage(f"a file of the data set is damaged or missing ({reason(error)}); prepare the "
-                   "data set again") from None
+      for batch in ds.with_options(options).as_numpy_iterator():
+        yield batch
+        done += 1
+    except tf.errors.OpError as error:
+      reason = lambda error: error.message.split("}} ")[-1].split(" [Op")[0].splitlines()[0]
+      if not skip_bad_images:  # which one was it?
+        for index, record in records.skip(done * len(rows)).ignore_errors():
+          try:
+            example(index, record)
+          except tf.errors.OpError as bad:
+            raise BadImage(f"bad record {_printable(record['id'])}: {reason(bad)} "
+                           "(--skip_bad_images leaves such records out)") from None
+      raise BadImage(f"{reason(error)}. Is a file of the data set damaged or missing? Prepare it "
+                     "again") from None
+
+  return ds.element_spec, iterate()
 
 
 def _printable(name):
@@ -309,8 +299,8 @@ def shuffled_records(dataset, split, seed, start=0):
   """The endless stream of epochs from its start-th record on, every epoch in an order of its own.
 
   An epoch shuffles its files, reads sixteen at a time, and shuffles windows of 4,096 records (fewer
-  if they are large). Unlike a shuffle buffer, a window is a function of its number, and the next one
-  is read ahead while one is used, also across epochs: no wait at the beginning of an epoch.
+  if they are large). Unlike a shuffle buffer, a window is a function of its number, and the next
+  one is read ahead while one is used, so there is no wait where an epoch ends.
   """
   size, window = split_size(dataset, split), window_size(dataset, split)
 
@@ -362,7 +352,7 @@ def read_records(dataset, split, seed=None):
 
 
 def record_reader(dataset, label="label"):
-  """function(record of `read_records`) -> encoded picture, string [], and label, int64 [] or [any]."""
+  """function(record of `read_records`) -> encoded picture, and its label, int64 [] or [any]."""
   if isinstance(dataset, Folder):
     return lambda record: (tf.io.read_file(record["id"]), record["label"])
   features = tfds.features.FeaturesDict({name: dataset.info.features[name]
@@ -381,7 +371,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")  # what TensorFlow 
 
 
 class Folder:
-  """Pictures in SPLIT/CLASS/..., at any depth, with the part of a TFDS builder that is used here.
+  """Pictures in SPLIT/CLASS/, at any depth, with the part of a TFDS builder that is used here.
 
   files: {split: {"id": paths, "label": int64}}, in the constant random order of tfds.ImageFolder: a
     part such as train[99%:] is a sample of all classes, and the same one in every run.
@@ -389,43 +379,42 @@ class Folder:
   """
 
   def __init__(self, root):
-    found, left_out = collections.defaultdict(dict), collections.defaultdict(collections.Counter)
+    found = collections.defaultdict(lambda: collections.defaultdict(list))  # {split: {class: paths}}
+    left_out, self.files, self.notes, splits = collections.Counter(), {}, [], {}
     walk = tf.io.gfile.walk if "://" in root else functools.partial(os.walk, followlinks=True)
     for folder, _, names in walk(root):
       split, *below = os.path.relpath(folder, root).split("/")
       if any(part.startswith(".") for part in (split, *below)):
         continue  # hidden, or the root itself
-      if below:
-        found[split].setdefault(below[0], [])
+      paths = found[split][below[0]] if below else []
       for name in names:
         ending = os.path.splitext(name)[1].lower()
         if below and ending in ENDINGS:
-          found[split][below[0]].append(os.path.join(folder, name))
-        elif not name.startswith("."):
-          left_out[split][ending or name if below else "in no CLASS folder"] += 1
-    self.name, self.files, self.notes = root, {}, []
+          paths.append(os.path.join(folder, name))
+        else:
+          left_out[f"{ending or name} of {split}" if below else f"in {split}, but in no CLASS"] += 1
     classes = sorted({name for split in found.values() for name in split})
     for split in sorted(found):
-      files = [(path, classes.index(name)) for name in sorted(found[split])
+      files = [(os.fsencode(path), label) for label, name in enumerate(classes)
                for path in sorted(found[split][name])]
       random.Random(split).shuffle(files)
-      self.files[split] = {"id": tf.constant([os.fsencode(path) for path, _ in files], tf.string),
-                           "label": tf.constant([label for _, label in files], tf.int64)}
-      empty = [name for name in classes if not found[split].get(name)]
-      if empty:
-        self.notes.append(f"{root}: no picture of {_some(empty)} in {split}")
-    for split, endings in left_out.items():
-      self.notes.append(f"{root}: {sum(endings.values()):,} files of {split} are left out ("
-                        f"{_some(f'{count:,} {what}' for what, count in endings.items())}); "
-                        f"expected SPLIT/CLASS/*{'|'.join(ENDINGS)}")
-    self.info = types.SimpleNamespace(
-        features={"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)},
-        splits={split: types.SimpleNamespace(num_examples=len(files["id"]), num_bytes=0)
-                for split, files in self.files.items()})
+      paths, labels = zip(*files) if files else ((), ())
+      self.files[split] = {"id": tf.constant(paths, tf.string), "label": tf.constant(labels, tf.int64)}
+      splits[split] = types.SimpleNamespace(num_examples=len(files), num_bytes=0)
+      empty = [name for name in classes if not found[split][name]]
+      self.notes += [f"{root}: {split} has no picture of {_some(empty)}"] * bool(empty)
+    if left_out:
+      what = _some(f"{count:,} {kind}" for kind, count in left_out.items())
+      self.notes.append(f"{root}: left out {what}; expected SPLIT/CLASS/*({'|'.join(ENDINGS)})")
+    if not any(info.num_examples for info in splits.values()):
+      raise DatasetError("; ".join([f"--dataset={root}: no images found", *self.notes]))
+    label = tfds.features.ClassLabel(names=classes)
+    self.name, self.info = root, types.SimpleNamespace(
+        features={"image": tfds.features.Image(), "label": label}, splits=splits)
 
 
 def _some(names):
-  """The first names of many."""
+  """The first of many names."""
   names = list(names)
   return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
 
@@ -443,23 +432,17 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
     DatasetError: there is no such data set, or it is not prepared; the message says how to get it.
   """
   if "/" in name and tf.io.gfile.isdir(name):
-    folder = Folder(name)
-    if not any(split.num_examples for split in folder.info.splits.values()):
-      raise DatasetError("; ".join([f"--dataset={name}: no images found; expected {name}/SPLIT/"
-                                    f"CLASS/IMAGE.jpg (or {', '.join(ENDINGS[1:])})",
-                                    *folder.notes]))
-    return folder
+    return Folder(name)
   try:
-    builder = (Patterns(data_dir=data_dir) if name == "patterns" else
-               tfds.builder(name, data_dir=data_dir))
+    builder = (Patterns if name == "patterns" else functools.partial(tfds.builder, name))(
+        data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-    known = not isinstance(error, tfds.core.DatasetNotFoundError)
-    reason = f" ({' '.join(str(error).split())[:200]})" * known
-    hint = f"; did you mean --dataset=./{name} ?" * (name != "" and tf.io.gfile.isdir(name))
+    reason = " ".join(str(error).split())[:200]
+    hint = f"; did you mean --dataset=./{name} ?" * bool(name and tf.io.gfile.isdir(name))
     raise DatasetError(
-        f"--dataset={name}: no such folder, and no such data set in TFDS{reason}; expected a name "
-        "such as imagenet2012 or cifar10, patterns (the built-in demo), or the path of a folder "
-        f"with SPLIT/CLASS/IMAGE.jpg{hint}") from None
+        f"--dataset={name}: no such folder, and no such data set in TFDS; expected a name such as "
+        "imagenet2012 or cifar10, patterns (the built-in demo), or the path of a folder with "
+        f"SPLIT/CLASS/IMAGE.jpg{hint} ({reason})") from None
   if prepare or name == "patterns":
     try:
       builder.download_and_prepare(
@@ -468,8 +451,8 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
       raise DatasetError(f"--manual_dir={manual_dir}: {' '.join(str(error).split())}") from None
     except FileExistsError:  # another process prepared it first
       return open_dataset(name, data_dir)
-  root = builder.data_path.parents[builder.info.full_name.count("/")]
   if not builder.info.splits:
+    root = builder.data_path.parents[builder.info.full_name.count("/")]
     archives = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     raise DatasetError(
         f"--dataset={name} is not prepared in {root}. Prepare it with `python input_pipeline.py "
@@ -485,9 +468,9 @@ def notes(dataset):
   """Lines about a data set that a user should read before training on it."""
   if isinstance(dataset, Folder):
     return dataset.notes
-  return [f"{dataset.name} is stored in the order it was made in, perhaps sorted by class, and only "
-          "windows of 4,096 records are shuffled: if so, prepare it again, without "
-          "disable_shuffling=True"] * bool(dataset.info.disable_shuffling)
+  return [f"{dataset.name} is stored in the order in which it was made, perhaps sorted by class, and "
+          "only windows of 4,096 records are shuffled. If so, prepare it again without "
+          "disable_shuffling=True."] * bool(dataset.info.disable_shuffling)
 
 
 def class_names(dataset, label="label"):
@@ -503,21 +486,18 @@ def class_names(dataset, label="label"):
 def label_positions(dataset, names=None, label="label"):
   """Where each class of a data set stands among the classes of a model: a list of ints.
 
-  Args:
-    names: the model's classes; None: the data set's own.
-
-  Raises:
-    DatasetError: they are not the same classes. Names that are mere numbers count by their order.
+  names: the model's classes; None: the data set's own. DatasetError if they are not the same ones;
+    where one side has mere numbers for names, their order counts.
   """
   own = class_names(dataset, label)
-  if names is None or not any(map(str.isdigit, own + tuple(names))) and set(own) == set(names):
-    return [(names or own).index(name) for name in own]
-  only_own, only_names = ([n for n in a if n not in b] for a, b in ((own, names), (names, own)))
-  numbers = any(all(map(str.isdigit, n)) for n in (own, names))
-  if len(own) != len(names) or only_own and not numbers:
-    raise DatasetError(f"{dataset.name} has {len(own)} classes, the model {len(names)}; only the "
-                       f"former has {_some(only_own)}; only the latter {_some(only_names)}")
-  return list(range(len(own))) if numbers else [names.index(name) for name in own]
+  names = own if names is None else tuple(names)
+  if len(own) == len(names) and any(all(map(str.isdigit, some)) for some in (own, names)):
+    return list(range(len(own)))
+  if set(own) != set(names):
+    raise DatasetError(f"{dataset.name} has {len(own)} classes, the model {len(names)}; only in the "
+                       f"data set: {_some(n for n in own if n not in names) or 'none'}; only in the "
+                       f"model: {_some(n for n in names if n not in own) or 'none'}")
+  return [names.index(name) for name in own]
 
 
 def split_size(dataset, split):
@@ -527,15 +507,16 @@ def split_size(dataset, split):
 
 def _ranges(dataset, split):
   """[(name, start, stop)] of the parts of a split."""
-  sizes = {name: info.num_examples for name, info in dataset.info.splits.items()}
+  splits = dataset.info.splits
   try:
-    parts = [(part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
-             for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(dataset.info.splits)]
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    parts = [(part.splitname, part.from_ or 0, splits[part.splitname].num_examples
+              if part.to is None else part.to) for part in parts]
   except (ValueError, KeyError, AssertionError):
     parts = []
   if not any(stop > start for _, start, stop in parts):
     raise DatasetError(f"split {split!r} of {dataset.name} is unknown or empty; it has "
-                       + ", ".join(f"{name} ({size:,})" for name, size in sizes.items()))
+                       + ", ".join(f"{name} ({s.num_examples:,})" for name, s in splits.items()))
   return parts
 
 
@@ -570,7 +551,8 @@ class Patterns(tfds.core.GeneratorBasedBuilder):
         }), supervised_keys=("image", "label"))
 
   def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples(0, 8000), "validation": self._generate_examples(1, 1000)}
+    return {"train": self._generate_examples(0, 8000),
+            "validation": self._generate_examples(1, 1000)}
 
   def _generate_examples(self, seed, count):
     rng = np.random.default_rng(seed)
@@ -582,7 +564,7 @@ class Patterns(tfds.core.GeneratorBasedBuilder):
 
 
 def _draw_pattern(rng, pattern):
-  """uint8 [H, W, 3]: a texture of random scale, phase, angle and colours, unevenly lit, with noise."""
+  """uint8 [H, W, 3]: a texture of random scale, phase, angle and colours, in uneven light."""
   H, W = rng.integers(80, 144, 2)
   y, x = np.mgrid[:H, :W]
   if pattern is None:
@@ -608,35 +590,32 @@ def _draw_pattern(rng, pattern):
 def main(_):
   dataset = open_dataset(FLAGS.dataset, FLAGS.data_dir, prepare=True, manual_dir=FLAGS.manual_dir)
   splits = dataset.info.splits
-  print(f"{FLAGS.dataset} is prepared:", ", ".join(f"{k} {s.num_examples:,}" for k, s in splits.items()))
-  print(*notes(dataset), sep="\n", end="")
+  print(f"{FLAGS.dataset} is prepared: "
+        + ", ".join(f"{name} {s.num_examples:,}" for name, s in splits.items()))
+  for note in notes(dataset):
+    print(note)
   if FLAGS.prepare_only or "label" not in dataset.info.features:
     return
-  B, size = FLAGS.batch_size, FLAGS.image_size
   split = FLAGS.split or ("train" if "train" in splits else list(splits)[0])
-  kwargs = dict(image_size=size, skip_bad_images=FLAGS.skip_bad_images)
+  kwargs = dict(image_size=FLAGS.image_size, skip_bad_images=FLAGS.skip_bad_images)
 
-  started = time.time()
+  started, B = time.time(), FLAGS.batch_size
   batch = next(train_batches(dataset, split, B, dtype="float32", **kwargs))
   print(f"First training batch after {time.time() - started:.1f} s.")
-  names, count = class_names(dataset), min(16, B)
-  captions = [", ".join(f"{p:.2f} {names[c]}" for p, c in sorted(zip(label, range(len(names))))[::-1]
-                        if p) for label in batch["labels"][:count]]
-  augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:count] + 1) * 127.5), captions)
-  print(f"Wrote {FLAGS.out}, {count} training images as the model sees them.")
+  captions = [", ".join(f"{p:.2f} {name}" for p, name in sorted(zip(label, class_names(dataset)))[::-1]
+                        if p) for label in batch["labels"][:16]]
+  augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:16] + 1) * 127.5), captions)
+  print(f"Wrote {FLAGS.out}, training images as the model sees them. Measuring ...", flush=True)
 
-  def decode_and_crop():  # of records in memory: not the disk's limit, but the decoder's
-    read = record_reader(dataset)
-    def corner(i, record):
-      image_bytes, _ = read(record)
-      return decode_random_crop(image_bytes, seed_for("crops", 0, i))[0, 0, 0]
-    ds = read_records(dataset, split).cache().repeat().enumerate()
-    ds = ds.map(corner, num_parallel_calls=THREADS).ignore_errors()
-    return ds.batch(B).prefetch(2).as_numpy_iterator()
+  def decode_and_crop(i, record):
+    image_bytes, _ = record_reader(dataset)(record)
+    return decode_random_crop(image_bytes, seed_for("crops", 0, i))[0, 0, 0]
 
-  iterators = {"decode-and-crop alone": decode_and_crop(),
+  limit = read_records(dataset, split).cache().repeat().enumerate()  # in memory: not the disk's limit
+  limit = limit.map(decode_and_crop, num_parallel_calls=THREADS).ignore_errors().batch(B).prefetch(2)
+  iterators = {"decode-and-crop alone": limit.as_numpy_iterator(),
                "training": train_batches(dataset, split, B, **kwargs),
-               "evaluation": eval_batches(dataset, split, B, passes=None, **kwargs)}
+               "evaluation": eval_batches(dataset, split, B, passes=10 ** 6, **kwargs)}
   rates = {name: [] for name in iterators}
   for _ in range(FLAGS.rounds):
     for name, iterator in iterators.items():
@@ -647,13 +626,11 @@ def main(_):
         next(iterator)
       rates[name].append(FLAGS.batches * B / (time.perf_counter() - started))
       time.sleep(1)  # until the prefetching is done
-  limit = statistics.median(rates["decode-and-crop alone"])
+  rates = {name: statistics.median(values) for name, values in rates.items()}
   for name, rate in rates.items():
-    rate = statistics.median(rate)
-    print(f"{name:22} {rate:8,.0f} images/s  {rate / limit:.2f} of the limit  "
+    print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the limit  "
           f"{1000 * THREADS / rate:.2f} core-milliseconds an image")
-  print(f"Training: feeds {statistics.median(rates['training']):,.0f} images/s on this host of "
-        f"{THREADS} cores.")
+  print(f"Training: feeds {rates['training']:,.0f} images/s on this host of {THREADS} cores.")
 
 
 if __name__ == "__main__":
