@@ -19,6 +19,7 @@ import collections
 import functools
 import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -272,22 +273,24 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
         yield batch
         done += 1
     except tf.errors.OpError as error:
-      reason = lambda error: error.message.split("}} ")[-1].split(" [Op")[0].splitlines()[0]
       if not skip_bad_images:  # which one was it?
         for index, record in records.skip(done * len(rows)).ignore_errors():
           try:
             example(index, record)
           except tf.errors.OpError as bad:
-            raise BadImage(f"bad record {_printable(record['id'])}: {reason(bad)} "
-                           "(--skip_bad_images leaves such records out)") from None
-      raise BadImage(f"{reason(error)}. Is a file of the data set damaged or missing? Prepare it "
-                     "again") from None
+            name = record["id"].numpy().decode("utf-8", "backslashreplace")
+            raise BadImage(f"bad record {name}: {_reason(bad)} (--skip_bad_images leaves such "
+                           "records out)") from None
+      raise BadImage(f"{_reason(error)}: look at the files of the data set, or prepare it again"
+                     ) from None
 
   return ds.element_spec, iterate()
 
 
-def _printable(name):
-  return name.numpy().decode("utf-8", "backslashreplace")
+def _reason(error):
+  """What TensorFlow says of an error, without where in a graph it was."""
+  message = error.message.split("assertion failed: [")[-1].split("}} ")[-1].splitlines()[0]
+  return re.split(r" \[Op|\] \[", message)[0]
 
 
 # --- The order of records -------------------------------------------------------------------------
@@ -379,7 +382,7 @@ class Folder:
   """
 
   def __init__(self, root):
-    found = collections.defaultdict(lambda: collections.defaultdict(list))  # {split: {class: paths}}
+    found = collections.defaultdict(lambda: collections.defaultdict(list))  # split, class: paths
     left_out, self.files, self.notes, splits = collections.Counter(), {}, [], {}
     walk = tf.io.gfile.walk if "://" in root else functools.partial(os.walk, followlinks=True)
     for folder, _, names in walk(root):
@@ -399,7 +402,8 @@ class Folder:
                for path in sorted(found[split][name])]
       random.Random(split).shuffle(files)
       paths, labels = zip(*files) if files else ((), ())
-      self.files[split] = {"id": tf.constant(paths, tf.string), "label": tf.constant(labels, tf.int64)}
+      self.files[split] = {"id": tf.constant(paths, tf.string),
+                           "label": tf.constant(labels, tf.int64)}
       splits[split] = types.SimpleNamespace(num_examples=len(files), num_bytes=0)
       empty = [name for name in classes if not found[split][name]]
       self.notes += [f"{root}: {split} has no picture of {_some(empty)}"] * bool(empty)
@@ -444,6 +448,8 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
         "imagenet2012 or cifar10, patterns (the built-in demo), or the path of a folder with "
         f"SPLIT/CLASS/IMAGE.jpg{hint} ({reason})") from None
   if prepare or name == "patterns":
+    if name == "patterns":
+      tfds.disable_progress_bar()  # it says itself how far it is
     try:
       builder.download_and_prepare(
           download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
@@ -468,15 +474,20 @@ def notes(dataset):
   """Lines about a data set that a user should read before training on it."""
   if isinstance(dataset, Folder):
     return dataset.notes
-  return [f"{dataset.name} is stored in the order in which it was made, perhaps sorted by class, and "
-          "only windows of 4,096 records are shuffled. If so, prepare it again without "
-          "disable_shuffling=True."] * bool(dataset.info.disable_shuffling)
+  return [f"{dataset.name} is stored in the order in which it was made. If that is by class, "
+          "batches are of few classes, as only windows of 4,096 records are shuffled: prepare it "
+          "again without disable_shuffling=True."] * bool(dataset.info.disable_shuffling)
+
+
+def is_set(dataset, label="label"):
+  """Whether a label is a set of classes, of any size."""
+  return isinstance(dict(dataset.info.features).get(label), tfds.features.Sequence)
 
 
 def class_names(dataset, label="label"):
   """The names of the C classes of a label, or of a set of labels; DatasetError if it has none."""
   feature = dict(dataset.info.features).get(label)
-  feature = getattr(feature, "feature", feature)  # of each label in a set
+  feature = feature.feature if is_set(dataset, label) else feature
   if not isinstance(feature, tfds.features.ClassLabel):
     raise DatasetError(f"{dataset.name} has no classes in a feature {label!r}; it has "
                        f"{', '.join(dataset.info.features)}")
@@ -494,9 +505,10 @@ def label_positions(dataset, names=None, label="label"):
   if len(own) == len(names) and any(all(map(str.isdigit, some)) for some in (own, names)):
     return list(range(len(own)))
   if set(own) != set(names):
-    raise DatasetError(f"{dataset.name} has {len(own)} classes, the model {len(names)}; only in the "
-                       f"data set: {_some(n for n in own if n not in names) or 'none'}; only in the "
-                       f"model: {_some(n for n in names if n not in own) or 'none'}")
+    raise DatasetError(
+        f"{dataset.name} has {len(own)} classes, the model {len(names)}; only in the data set: "
+        f"{_some(n for n in own if n not in names) or 'none'}; only in the model: "
+        f"{_some(n for n in names if n not in own) or 'none'}")
   return [names.index(name) for name in own]
 
 
@@ -602,8 +614,9 @@ def main(_):
   started, B = time.time(), FLAGS.batch_size
   batch = next(train_batches(dataset, split, B, dtype="float32", **kwargs))
   print(f"First training batch after {time.time() - started:.1f} s.")
-  captions = [", ".join(f"{p:.2f} {name}" for p, name in sorted(zip(label, class_names(dataset)))[::-1]
-                        if p) for label in batch["labels"][:16]]
+  captions = [", ".join(f"{p:.2f} {name}" for p, name in
+                        sorted(zip(label, class_names(dataset)))[::-1] if p)
+              for label in batch["labels"][:16]]
   augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:16] + 1) * 127.5), captions)
   print(f"Wrote {FLAGS.out}, training images as the model sees them. Measuring ...", flush=True)
 
@@ -611,9 +624,9 @@ def main(_):
     image_bytes, _ = record_reader(dataset)(record)
     return decode_random_crop(image_bytes, seed_for("crops", 0, i))[0, 0, 0]
 
-  limit = read_records(dataset, split).cache().repeat().enumerate()  # in memory: not the disk's limit
-  limit = limit.map(decode_and_crop, num_parallel_calls=THREADS).ignore_errors().batch(B).prefetch(2)
-  iterators = {"decode-and-crop alone": limit.as_numpy_iterator(),
+  limit = read_records(dataset, split).cache().repeat().enumerate()  # in memory: not the disk's
+  limit = limit.map(decode_and_crop, num_parallel_calls=THREADS).ignore_errors().batch(B)
+  iterators = {"decode-and-crop alone": limit.prefetch(2).as_numpy_iterator(),
                "training": train_batches(dataset, split, B, **kwargs),
                "evaluation": eval_batches(dataset, split, B, passes=10 ** 6, **kwargs)}
   rates = {name: [] for name in iterators}
@@ -628,8 +641,8 @@ def main(_):
       time.sleep(1)  # until the prefetching is done
   rates = {name: statistics.median(values) for name, values in rates.items()}
   for name, rate in rates.items():
-    print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the limit  "
-          f"{1000 * THREADS / rate:.2f} core-milliseconds an image")
+    print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the "
+          f"limit  {1000 * THREADS / rate:.2f} core-milliseconds an image")
   print(f"Training: feeds {rates['training']:,.0f} images/s on this host of {THREADS} cores.")
 
 

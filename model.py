@@ -44,7 +44,7 @@ CHOICES = {
     "pool": ("gap", "cls"),  # classify the mean of the tokens, or the output of one token more
     "head": ("mlp", "linear"),  # one hidden tanh layer before the classifier, or none
     "dtype": ("bfloat16", "float32"),
-    "attention": ("xla", "cudnn"),
+    "attention": ("xla", "cudnn"),  # the latter for NVIDIA GPUs; the same function
 }
 
 
@@ -53,7 +53,7 @@ class WeightsError(ValueError):
 
 
 class Config(NamedTuple):
-  """What a model is beside its arrays. A field of the same name as a flag of train.py is that flag."""
+  """What a model is beside its arrays. A flag of train.py with a field's name is that field."""
 
   variant: str = "S/16"  # a key of VARIANTS and the patch side P
   image_size: int = 224  # I, in pixels
@@ -61,8 +61,8 @@ class Config(NamedTuple):
   pool: str = "gap"
   head: str = "mlp"
   num_classes: int = 1000  # C
-  dtype: str = "bfloat16"  # of matrix products in the blocks and of what lies between them
-  attention: str = "xla"  # or cuDNN's, for NVIDIA GPUs; the same function, so no checkpoint says it
+  dtype: str = "bfloat16"  # of products in the blocks and of what lies between them
+  attention: str = "xla"  # how, not what: no checkpoint says it
 
   @property
   def sizes(self):
@@ -127,7 +127,7 @@ def parameter_table(config=Config()):
 def init_params(seed, config=Config()):
   """Draws the parameters: a nested dict of float32 arrays.
 
-  An array depends on the seed and on its own name alone, so that an ablation changes no other array.
+  An array depends on the seed and on its own name alone: an ablation changes no other array.
   """
   key = jax.random.key(seed)
   return unflatten({name: init(jax.random.fold_in(key, zlib.crc32(name.encode())), shape)
@@ -154,17 +154,16 @@ def unflatten(flat):
 
 # --- Layers, in the order in which an image meets them --------------------------------------------
 
-# float32 means float32: by default TPUs and recent GPUs round what they multiply, whatever its type.
+# float32 means float32: by default TPUs and recent GPUs round what they multiply.
 PRECISION = {"float32": "highest", "bfloat16": "default"}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec, x, kernel):
-  """`jnp.einsum(spec, x, kernel)` of a float32 kernel, in the type of x, whose gradient is exact.
+  """`jnp.einsum(spec, x, kernel)` in the type of x; the gradient of the kernel is float32.
 
-  Autodiff would return the kernel's gradient in the type of x, so that several devices would round
-  their parts to bfloat16 before they add them up. This derivative returns it in float32, as it
-  leaves the accumulator; it costs no time.
+  Autodiff would return that gradient in the type of x, so that several devices would round their
+  parts of it to bfloat16 before they add them up. This derivative keeps what was accumulated.
   """
   return jnp.einsum(spec, x, kernel.astype(x.dtype), precision=PRECISION[x.dtype.name])
 
@@ -180,8 +179,7 @@ product.defvjp(lambda spec, x, kernel: (product(spec, x, kernel), (x, kernel)), 
 
 
 def dense(spec, p, x):
-  """The affine map `einsum(spec, x, kernel) + bias` in the type of x. The sum is float32, hence the
-  bias's gradient, too."""
+  """The affine map `einsum(spec, x, kernel) + bias`, in the type of x; gradients are float32."""
   return (product(spec, x, p["kernel"]) + p["bias"]).astype(x.dtype)
 
 
@@ -231,7 +229,7 @@ def attention(p, x, config):
 
 
 def mlp(p, x):
-  """Two layers with the tanh form of GELU (arXiv 1606.08415) between them, [B, L, D] -> [B, L, D]."""
+  """Two layers around the tanh form of GELU (arXiv 1606.08415), [B, L, D] -> [B, L, D]."""
   y = jax.nn.gelu(dense("bld,dm->blm", p["Dense_0"], x), approximate=True)
   return dense("blm,md->bld", p["Dense_1"], y)
 
@@ -254,7 +252,7 @@ def encode(params, images, config, blocks, remat=False):
 
 
 def classify(params, x, config):
-  """Tokens [B, L, D] -> logits [B, C], all float32: LayerNorm of all tokens, then pooling, then head."""
+  """Tokens [B, L, D] -> logits [B, C], all float32: LayerNorm of all tokens, pooling, head."""
   x = layer_norm(params["Transformer"]["encoder_norm"], x)
   x = x[:, 0] if config.pool == "cls" else x.mean(1)  # [B, D]
   if config.head == "mlp":
@@ -270,8 +268,7 @@ def forward(params, images, config=Config(), remat=False):
     images: rounded to `config.dtype`.
     config: the model's; its dtype is that of products and of activations inside a block. Residual
       stream, LayerNorm, softmax and head are float32.
-    remat: keep only the tokens between the blocks for the backward pass, and compute the rest once
-      more; saves memory.
+    remat: keep only the tokens between the blocks for the backward pass, to save memory.
   """
   _, _, blocks, *_ = config.sizes
   return classify(params, encode(params, images, config, blocks, remat), config)
@@ -295,11 +292,11 @@ def attention_map(params, images, config=Config()):
 
 
 def flops(config=Config()):
-  """Floating-point operations of the products for one image, forward; a multiply-add counts as two."""
+  """Floating-point operations of the products for one image, forward; a multiply-add is two."""
   P, D, blocks, *_ = config.sizes
   patches = (config.image_size // P) ** 2
   L = patches + (config.pool == "cls")
-  uses = {"embedding": patches, "Transformer": L, "pre_logits": 1, "head": 1}  # tokens a kernel meets
+  uses = {"embedding": patches, "Transformer": L, "pre_logits": 1, "head": 1}  # tokens it meets
   kernels = sum(uses[name.split("/")[0]] * math.prod(shape)
                 for name, (shape, _) in parameter_table(config).items() if name.endswith("/kernel"))
   return 2 * (kernels + blocks * 2 * L * L * D)  # q k^T and probs v
@@ -344,7 +341,7 @@ def read_npz(path, skip=()):
                      "file of arrays") from None
 
 
-# The first releases of the authors' ViTs (vit_jax, augreg) had other names: today's for them.
+# Names in the first releases of the authors' ViTs (vit_jax, augreg), and what they are today.
 OLD_NAMES = {
     "Transformer/posembed_input/pos_embedding": "pos_embedding",
     "Transformer/pos_embedding": "pos_embedding",
@@ -357,16 +354,16 @@ OLD_NAMES = {
 def load(path):
   """Reads the weights in an .npz file: a checkpoint of ours, or any of the published families.
 
-  The names may be bare, or under "params/" (as ours) or "opt/target/"; today's, or OLD_NAMES; the
+  Names may be bare, or under "params/" (as ours) or "opt/target/"; today's, or OLD_NAMES; the
   arrays of all blocks may be stacked into one.
 
   Returns:
-    params: nested dict of float32 arrays, as `init_params` gives; without "head" if there is none.
+    params: nested dict of float32 arrays, as of `init_params`; without "head" if there is none.
     info: an `Info`; its config has 0 classes if there is no head.
 
   Raises:
-    WeightsError: no such file, no ViT in it, or arrays that are missing, unknown, of another shape,
-      not floats or not finite; the message lists them all.
+    WeightsError: no such file, no ViT in it that this code knows, or arrays that are missing,
+      unknown, of another shape, not floats or not finite; the message lists them all.
   """
   rest = read_npz(path, skip=("opt_state/", "opt/state/"))
   prefix = next((p for p in ("params/", "opt/target/") if any(k.startswith(p) for k in rest)), "")
@@ -377,17 +374,13 @@ def load(path):
     for old, new in OLD_NAMES.items():
       name = name.replace(old, new)
     stacked = name.removeprefix("Transformer/encoderblock/")
-    if stacked == name:
-      params[name] = array
-    else:
-      params |= {f"Transformer/encoderblock_{i}/{stacked}": x
-                 for i, x in enumerate(np.atleast_1d(array))}
+    params |= {name: array} if stacked == name else {
+        f"Transformer/encoderblock_{i}/{stacked}": x for i, x in enumerate(np.atleast_1d(array))}
   try:
-    L = params["pos_embedding"].shape[1] if "pos_embedding" in params else 0
-    if "cls" in params and math.isqrt(L) ** 2 < L:
+    posemb = params.get("pos_embedding", np.zeros([1, 0, 0]))
+    if "cls" in params and math.isqrt(posemb.shape[1]) ** 2 < posemb.shape[1]:
       # Older models gave [cls] a position, too: a constant that is added to a constant.
-      params["cls"] = params["cls"] + params["pos_embedding"][:, :1]
-      params["pos_embedding"] = params["pos_embedding"][:, 1:]
+      params |= {"cls": params["cls"] + posemb[:, :1], "pos_embedding": posemb[:, 1:]}
     config = _config_of({name: x.shape for name, x in params.items()}, rest)
     table = parameter_table(config)
   except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -404,8 +397,8 @@ def load(path):
       wrong.append(f"{name} not finite")
   if wrong:
     raise WeightsError(f"--init={path} does not fit: {'; '.join(sorted(wrong))}")
-  names = rest["label_names"].tolist() if "label_names" in rest else map(str, range(config.num_classes))
-  info = Info(config, tuple(names), json.loads(rest["flags"].item()) if "flags" in rest else {},
+  names = rest.get("label_names", np.arange(config.num_classes).astype(str))
+  info = Info(config, tuple(names.tolist()), json.loads(rest.get("flags", np.array("{}")).item()),
               int(rest["step"]) if "step" in rest else None)
   return unflatten({name: x.astype(np.float32) for name, x in params.items()}), info
 
@@ -415,20 +408,19 @@ def _config_of(shapes, rest):
   C, = shapes.get("head/bias", (0,))
   if "config" in rest:  # a checkpoint of ours; a field that this code does not know is a TypeError
     return Config(**json.loads(rest["config"].item()))._replace(num_classes=C)
-  first = "Transformer/encoderblock_0"
   P, _, _, D = shapes["embedding/kernel"]
-  M, = shapes[f"{first}/MlpBlock_0/Dense_0/bias"]
-  N, _ = shapes[f"{first}/MultiHeadDotProductAttention_0/query/bias"]
+  M, = shapes["Transformer/encoderblock_0/MlpBlock_0/Dense_0/bias"]
+  N, _ = shapes["Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias"]
   _, L, _ = shapes.get("pos_embedding", (1, 0, D))
   sizes = D, sum(name.endswith("/query/bias") for name in shapes), M, N
-  variant = next((name for name, known in VARIANTS.items() if known == sizes), None)
-  if not variant:
-    raise ValueError(f"width, blocks, MLP width and heads {sizes} are no variant of model.VARIANTS")
+  if sizes not in VARIANTS.values():
+    raise ValueError(f"its width, blocks, MLP width and heads, {sizes}, are not in model.VARIANTS")
+  variant = next(name for name, known in VARIANTS.items() if known == sizes)
   config = Config(f"{variant}/{P}", math.isqrt(L) * P or Config().image_size,
                   "learned" if L else "sincos2d", "cls" if "cls" in shapes else "gap",
                   "mlp" if "pre_logits/kernel" in shapes else "linear", C)
-  older = json.loads(rest["flags"].item()) if "flags" in rest else {}  # a checkpoint of ours, too
-  return config._replace(**{field: older[field] for field in ("image_size", "dtype") if field in older})
+  older = json.loads(rest["flags"].item()) if "flags" in rest else {}  # of ours, too
+  return config._replace(**{k: older[k] for k in ("image_size", "dtype") if k in older})
 
 
 def fit(params, old, new):
@@ -450,10 +442,9 @@ def resample_posemb(posemb, L):
   """A learned position embedding [1, h*h, D] for another square grid: bilinear, corners aligned."""
   old, new = math.isqrt(posemb.shape[1]), math.isqrt(L)
   grid = posemb.reshape(old, old, -1)
+  where = np.linspace(0, old - 1, new)
   for axis in (0, 1):
-    where = np.linspace(0, old - 1, new)
-    along = lambda line: np.interp(where, np.arange(old), line)  # pylint: disable=cell-var-from-loop
-    grid = np.apply_along_axis(along, axis, grid)
+    grid = np.apply_along_axis(lambda x: np.interp(where, np.arange(old), x), axis, grid)
   return grid.reshape(1, L, -1).astype(np.float32)
 
 

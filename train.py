@@ -117,13 +117,13 @@ def log(message):
 
 def make_optimizer(schedule, lr=1e-3, weight_decay=1e-4, grad_clip_norm=1.0):
   """Adam with decoupled weight decay of the kernels, in the order of the published run."""
-  is_kernel = lambda path, _: path[-1].key == "kernel"
+  kernels = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
   return optax.chain(
       optax.clip_by_global_norm(grad_clip_norm) if grad_clip_norm else optax.identity(),
       optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # half the memory
       optax.scale(lr),
       # After the learning rate, hence not multiplied by it: 1e-4 here is 0.1 in other AdamWs.
-      optax.add_decayed_weights(weight_decay, lambda params: jax.tree.map_with_path(is_kernel, params)),
+      optax.add_decayed_weights(weight_decay, mask=kernels),
       optax.scale_by_schedule(schedule),
       optax.scale(-1.0))
 
@@ -283,6 +283,10 @@ def main(argv):
 
   # Data
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
+  for note in input_pipeline.notes(dataset):
+    log(note)
+  if input_pipeline.is_set(dataset):  # delete this with a loss for sets of labels
+    raise UserError(f"--dataset={FLAGS.dataset}: a label is a set, where the loss needs exactly one")
   weights, label_names = fit_weights(weights, info, config, dataset)
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
@@ -335,9 +339,9 @@ def main(argv):
     if due or stop:
       if saved:
         saved.result()  # until the checkpoint before is written
-      # A copy, as the next step reuses the state's memory; the background writes it.
-      saved = background.submit(save_checkpoint, FLAGS.workdir, jax.tree.map(np.array, state) | about,
-                                FLAGS.keep_every, last=bool(stop) or step == total_steps)
+      copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
+      saved = background.submit(save_checkpoint, FLAGS.workdir, copy | about, FLAGS.keep_every,
+                                last=bool(stop) or step == total_steps)
   if saved:
     saved.result()
   if stop:
@@ -390,9 +394,10 @@ def open_evals(names, dataset, data_dir, batch_size, devices, reading):
     except input_pipeline.DatasetError as error:
       log(f"  {name:10} not available: {error}")
       continue
-    evals[name] = (
-        functools.partial(input_pipeline.eval_batches, data, split, batch_size, label=label, **reading),
-        {"dataset": data.name, "split": split} | {k: reading[k] for k in ("image_size", "dtype")})
+    about = {"dataset": data.name, "split": split}
+    evals[name] = functools.partial(
+        input_pipeline.eval_batches, data, split, batch_size, label=label, **reading), about | {
+            key: reading[key] for key in ("image_size", "dtype")}
   if not evals:
     raise UserError(f"--eval={','.join(names)}: none of these is available; expected minival, val, "
                     f"real, v2 or splits of {dataset.name}: {', '.join(dataset.info.splits)}")
@@ -440,13 +445,14 @@ class RunLog:
   def _read(self, step, metrics):
     metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
     if not all(map(math.isfinite, metrics.values())):
-      raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint in {self.workdir} "
-                      "is from before; try a lower --lr or a longer --warmup_steps")
+      raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint in {self.workdir}"
+                      " is from before; try a lower --lr or a longer --warmup_steps")
     stop, self.bad = metrics.pop("stop"), self.bad + metrics.pop("bad")
     if self.since is not None and step % self.log_every and step < self.total_steps:
       return stop
     took, first = time.perf_counter() - self.started, self.since is None
-    if not first and (not self.speed or step - self.since >= self.log_every):  # else too short to tell
+    # The last interval may be too short to tell a speed.
+    if not first and (not self.speed or step - self.since >= self.log_every):
       speed = (step - self.since) * self.batch_size / took
       self.speed = {"images_per_second": speed, "data_wait": self.waited / took}
     line = metrics | self.speed | {"epoch": step * self.batch_size / self.num_examples,
@@ -457,8 +463,8 @@ class RunLog:
       text += f"compiled and done after {took:.1f} s"
     else:
       left = (self.total_steps - step) * self.batch_size / line["images_per_second"]
-      text += (f"{line['images_per_second']:.0f} images/s  waiting for data {line['data_wait']:.0%}  "
-               f"{datetime.timedelta(seconds=round(left))} left")
+      text += (f"{line['images_per_second']:.0f} images/s  waiting for data "
+               f"{line['data_wait']:.0%}  {datetime.timedelta(seconds=round(left))} left")
     log(text + f"  {self.bad} bad images left out" * bool(self.bad))
     self.write({"step": step} | line)
     self.restart(step)
@@ -585,7 +591,7 @@ def save_checkpoint(workdir, state, keep_every=0, last=False):
 
 
 def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
-  """The newest state in a workdir, or `state` if there is none; damaged files are named and skipped.
+  """The newest state in a workdir, or `state` if there is none; a damaged file is named and skipped.
 
   Args:
     workdir: any path that tf.io.gfile handles; all processes must see the same one.
@@ -610,13 +616,13 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
                for name in sorted((before | recipe).keys() - NOT_RECIPE)
                if name not in recipe or before.get(name) != recipe[name]]
     if changes and not allow_changes:
-      raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or another "
-                      "--workdir, or --allow_changes to go on with the new ones.")
+      raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or "
+                      "another --workdir, or --allow_changes to go on with the new ones.")
     wrong = [name for name, x in expected.items() if name not in arrays
              or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
     if wrong:
-      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of another "
-                      "shape or type; give another --workdir")
+      raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of "
+                      "another shape or type; give another --workdir")
     log(f"Resuming after step {int(arrays['step'])} from {path}.")
     expected = {name: arrays[name] for name in expected}
     break
@@ -624,8 +630,8 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
     if found:
       raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
   if np.ptp(multihost_utils.process_allgather(np.int32(expected["step"]))):
-    raise UserError(f"the processes do not see the same checkpoints: --workdir={workdir} must be one "
-                    "that all share")
+    raise UserError("the processes do not see the same checkpoints: all must share --workdir="
+                    + workdir)
   return jax.tree.unflatten(jax.tree.structure(state), expected.values())
 
 
@@ -641,8 +647,8 @@ def instead_of_training(argv, weights, info, config, replicated, split, settings
   if FLAGS.benchmark:
     return benchmark(config, FLAGS.batch_size, replicated, split, settings)
   if not config.num_classes or not weights:
-    raise UserError("--eval_only, --predict and --export_timm need weights with a head: --init=FILE.npz"
-                    + f" has none, so it can only be trained from, not {FLAGS.init}" * bool(weights))
+    raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz with a head"
+                    + f"; {FLAGS.init} has none and can only be trained from" * bool(weights))
   weights = model.fit(weights, info.config, config)
   if not np.any(weights["head"]["kernel"]):
     log(f"The head of --init={FLAGS.init} is all zeros, that is, untrained.")
@@ -653,8 +659,9 @@ def instead_of_training(argv, weights, info, config, replicated, split, settings
   if FLAGS.eval_only:
     run_log, name = RunLog(FLAGS.workdir), info.recipe.get("dataset", FLAGS.dataset)
     name = FLAGS.dataset if FLAGS["dataset"].present else name
-    evals = open_evals(FLAGS.eval, input_pipeline.open_dataset(name, FLAGS.data_dir), FLAGS.data_dir,
-                       FLAGS.batch_size, split.num_devices, reading | {"label_names": info.label_names})
+    dataset = input_pipeline.open_dataset(name, FLAGS.data_dir)
+    evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, split.num_devices,
+                       reading | {"label_names": info.label_names})
     params = jax.make_array_from_process_local_data(replicated, weights)
     results, _ = evaluate(params, evals, make_eval_step(config, replicated, split), split)
     run_log.evaluation(info.step, results, FLAGS.init)
@@ -724,7 +731,7 @@ def compile_step(config, batch_size, replicated, split, settings):
   Returns:
     `init` of `make_training`, the compiled step, {name: shape} of a batch, the GiB on each device.
   """
-  check_run(10 ** 6, settings["warmup_steps"], batch_size, settings["grad_accum"], split.num_devices)
+  check_run(10 ** 6, 0, batch_size, settings["grad_accum"], split.num_devices)
   init, step = make_training(config, replicated, split, 10 ** 6, **settings)
   state = jax.eval_shape(lambda: init(model.init_params(0, config)))
   B, I, C = batch_size, config.image_size, config.num_classes
@@ -742,7 +749,7 @@ GIB = {"v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a device: no c
 
 
 def benchmark_topology(topology, config, batch_size, settings):
-  """Compiles the step for TPUs that are not here, and prints what it takes; exit code 1: too much."""
+  """Compiles the step for TPUs that are not here, and prints what it takes; an error if too much."""
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   kind, given = topology.split(":")[0], settings["grad_accum"]
   try:
@@ -758,20 +765,22 @@ def benchmark_topology(topology, config, batch_size, settings):
   for parts in (given, *(n for n in (2, 4, 8) if n > given)):
     log(f"Compiling for {mesh.size} x {kind} with --grad_accum={parts}: a minute or more ...")
     try:
-      _, step, _, size = compile_step(config, batch_size, *shardings, settings | {"grad_accum": parts})
+      settings["grad_accum"] = parts
+      _, step, _, size = compile_step(config, batch_size, *shardings, settings)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}") from None
       continue
     if parts > given:
-      raise UserError(f"--batch_size={batch_size} is too large for {topology}: --grad_accum={parts} "
-                      f"mends it, with {size:.2f} of {gib} GiB a device")
+      raise UserError(f"--batch_size={batch_size} is too large for {topology}: --grad_accum={parts}"
+                      f" mends it, with {size:.2f} of {gib} GiB a device")
     cost = step.cost_analysis()
+    estimate = f", the compiler's estimate is {1000 * cost['optimal_seconds']:.0f} ms"
     return log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on "
                f"{mesh.size} x {kind}: {size:.2f} of {gib} GiB a device, "
-               f"{cost['bytes accessed'] / 1e9:.1f} GB moved a step" + ", the compiler's estimate is "
-               f"{1000 * cost['optimal_seconds']:.0f} ms" * (kind == "v3"))  # it has one for v3 only
-  raise UserError(f"--batch_size={batch_size} is too large for {topology}, with --grad_accum=8, too")
+               f"{cost['bytes accessed'] / 1e9:.1f} GB moved a step"
+               + estimate * (kind == "v3"))  # for others it lacks the costs of some operations
+  raise UserError(f"--batch_size={batch_size} is too large for {topology}, also with --grad_accum=8")
 
 
 def benchmark(config, batch_size, replicated, split, settings, rounds=5):
@@ -788,7 +797,8 @@ def benchmark(config, batch_size, replicated, split, settings, rounds=5):
   log("Compiling the step ...")
   started = time.perf_counter()
   init, step, shapes, size = compile_step(config, batch_size, replicated, split, settings)
-  compiled, rng, b = time.perf_counter(), np.random.default_rng(0), batch_size // jax.process_count()
+  compiled, rng = time.perf_counter(), np.random.default_rng(0)
+  b = batch_size // jax.process_count()
   images = rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype)
   labels = np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, config.num_classes, b)]
   batch = put({"images": images, "labels": labels, "bad": np.zeros(b, bool)}, split)
@@ -834,8 +844,8 @@ def run(argv):
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    message = (f"Error: {str(error).splitlines()[0]}. If another process of this run was lost, start "
-               "all of them again with the same commands to go on from the last checkpoint.")
+    message = (f"Error: {str(error).splitlines()[0]}. If another process of this run was lost, "
+               "start all of them again: the same commands go on from the last checkpoint.")
   if jax.process_count() > 1:
     print(message, file=sys.stderr, flush=True)
     os._exit(1)  # a regular exit would wait for the others, which wait for this one
