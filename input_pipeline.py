@@ -101,13 +101,10 @@ def train_image(image_bytes, seed, index, image_size=224, randaug_layers=2, rand
   """Encoded bytes -> uint8 [I, I, 3]: crop, resize, flip, RandAugment, drawn from (seed, index)."""
   image = decode_random_crop(image_bytes, seed_for("crops", seed, index))
   image = tf.image.resize(image, (image_size, image_size))  # bilinear, without antialiasing
-  image = tf.cast(tf.clip_by_value(image, 0, 255), tf.uint8)  # truncated
   image = tf.ensure_shape(image, (image_size, image_size, 3))
-  image = tf.image.stateless_random_flip_left_right(image, seed_for("flips", seed, index))
-  if randaug_layers:
-    image = augment.rand_augment(image, seed_for("rand_augment", seed, index), randaug_layers,
-                                 randaug_magnitude)
-  return image
+  flip = tf.random.stateless_uniform([], seed_for("flips", seed, index)) < 0.5
+  return augment.rand_augment(image, seed_for("rand_augment", seed, index), randaug_layers,
+                              randaug_magnitude, flip)
 
 
 def eval_image(image_bytes, image_size=224):
@@ -116,8 +113,7 @@ def eval_image(image_bytes, image_size=224):
   sides = tf.cast(tf.shape(image)[:2], tf.float32)
   sides = tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides)))
   sides = tf.cast(_checked(sides), tf.int32)  # a long thin picture grows
-  image = tf.image.resize(image, sides, method="area")
-  image = tf.cast(tf.clip_by_value(image, 0, 255), tf.uint8)
+  image = tf.cast(tf.image.resize(image, sides, method="area"), tf.uint8)
   y, x = tf.unstack((sides - image_size) // 2)
   return tf.ensure_shape(image[y:y + image_size, x:x + image_size], (image_size, image_size, 3))
 
@@ -130,9 +126,8 @@ def scale(images):
 
 def label_set(label, positions):
   """A label [] or a set of labels [any] -> float32 [C], 1 at the position of each of them."""
-  label, C = tf.reshape(label, [-1]), len(positions)
-  tf.debugging.assert_less(tf.cast(label, tf.uint64), tf.cast(C, tf.uint64), "label out of range")
-  return tf.minimum(tf.reduce_sum(tf.one_hot(tf.gather(positions, label), C), 0), 1)
+  labels = tf.one_hot(tf.gather(positions, label), len(positions))  # fails if it is out of range
+  return labels if labels.shape.rank == 1 else tf.minimum(tf.reduce_sum(labels, 0), 1)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -278,9 +273,8 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
           try:
             example(index, record)
           except tf.errors.OpError as bad:
-            name = record["id"].numpy().decode("utf-8", "backslashreplace")
-            raise BadImage(f"bad record {name}: {_reason(bad)} (--skip_bad_images leaves such "
-                           "records out)") from None
+            raise BadImage(f"bad record {record_name(record)}: {_reason(bad)} (--skip_bad_images "
+                           "leaves such records out)") from None
       raise BadImage(f"{_reason(error)}: look at the files of the data set, or prepare it again"
                      ) from None
 
@@ -313,7 +307,7 @@ def shuffled_records(dataset, split, seed, start=0):
     def shuffle(number, records):
       number += epoch * (size // window + 1)  # counted through all epochs
       order = tf.random.experimental.stateless_shuffle(
-          tf.range(tf.size(records["id"])), seed_for("windows", seed, number), alg="philox")
+          tf.range(tf.size(records["path"])), seed_for("windows", seed, number), alg="philox")
       return {key: tf.gather(value, order) for key, value in records.items()}
     return windows.enumerate().map(shuffle)
 
@@ -330,7 +324,7 @@ def window_size(dataset, split):
 
 
 def read_records(dataset, split, seed=None):
-  """Every record of a split once, as it is stored, for `record_reader`; "id" says which it is.
+  """Every record of a split once, as it is stored, for `record_reader` and `record_name`.
 
   With a seed [2], the files of TFDS are read in a random order; without, in the stored one. Folders
   have a fixed order.
@@ -342,8 +336,9 @@ def read_records(dataset, split, seed=None):
     return functools.reduce(lambda a, b: a.concatenate(b), parts)
 
   def read_file(path, skip, take):
-    records = tf.data.TFRecordDataset(path, buffer_size=1 << 20).enumerate().skip(skip).take(take)
-    return records.map(lambda i, x: {"example": x, "id": path + "#" + tf.strings.as_string(i)})
+    examples = tf.data.TFRecordDataset(path, buffer_size=1 << 20).skip(skip).take(take)
+    return tf.data.Dataset.zip({"example": examples, "path": tf.data.Dataset.from_tensors(path).repeat(),
+                                "number": tf.data.Dataset.range(skip, tf.int64.max)})
 
   files = dataset.info.splits[split].file_instructions
   order = tf.range(len(files))
@@ -357,7 +352,7 @@ def read_records(dataset, split, seed=None):
 def record_reader(dataset, label="label"):
   """function(record of `read_records`) -> encoded picture, and its label, int64 [] or [any]."""
   if isinstance(dataset, Folder):
-    return lambda record: (tf.io.read_file(record["id"]), record["label"])
+    return lambda record: (tf.io.read_file(record["path"]), record["label"])
   features = tfds.features.FeaturesDict({name: dataset.info.features[name]
                                          for name in ("image", label)})
   def read(record):
@@ -365,6 +360,12 @@ def record_reader(dataset, label="label"):
         record["example"], decoders={"image": tfds.decode.SkipDecoding()})
     return example["image"], example[label]
   return read
+
+
+def record_name(record):
+  """Which record it is: the path of a picture, or of a file of TFDS and the number in it."""
+  path = record["path"].numpy().decode("utf-8", "backslashreplace")
+  return f"{path}#{record['number'].numpy()}" if "number" in record else path
 
 
 # --- Where records come from ----------------------------------------------------------------------
@@ -376,7 +377,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")  # what TensorFlow 
 class Folder:
   """Pictures in SPLIT/CLASS/, at any depth, with the part of a TFDS builder that is used here.
 
-  files: {split: {"id": paths, "label": int64}}, in the constant random order of tfds.ImageFolder: a
+  files: {split: {"path": strings, "label": int64}}, in the constant random order of tfds.ImageFolder: a
     part such as train[99%:] is a sample of all classes, and the same one in every run.
   notes: lines about what was left out.
   """
@@ -402,7 +403,7 @@ class Folder:
                for path in sorted(found[split][name])]
       random.Random(split).shuffle(files)
       paths, labels = zip(*files) if files else ((), ())
-      self.files[split] = {"id": tf.constant(paths, tf.string),
+      self.files[split] = {"path": tf.constant(paths, tf.string),
                            "label": tf.constant(labels, tf.int64)}
       splits[split] = types.SimpleNamespace(num_examples=len(files), num_bytes=0)
       empty = [name for name in classes if not found[split][name]]
@@ -441,12 +442,12 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
     builder = (Patterns if name == "patterns" else functools.partial(tfds.builder, name))(
         data_dir=data_dir)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-    reason = " ".join(str(error).split())[:200]
+    reason = "" if isinstance(error, tfds.core.DatasetNotFoundError) else f" ({error})"
     hint = f"; did you mean --dataset=./{name} ?" * bool(name and tf.io.gfile.isdir(name))
     raise DatasetError(
         f"--dataset={name}: no such folder, and no such data set in TFDS; expected a name such as "
         "imagenet2012 or cifar10, patterns (the built-in demo), or the path of a folder with "
-        f"SPLIT/CLASS/IMAGE.jpg{hint} ({reason})") from None
+        f"SPLIT/CLASS/IMAGE.jpg{hint}{' '.join(reason.split())[:200]}") from None
   if prepare or name == "patterns":
     if name == "patterns":
       tfds.disable_progress_bar()  # it says itself how far it is

@@ -694,8 +694,8 @@ def predict(params, config, label_names, paths, workdir):
         continue
       try:
         image = input_pipeline.eval_image(upright(name), config.image_size)
-      except (tf.errors.OpError, OSError) as error:
-        raise UserError(f"--predict={name}: not a picture that can be read ({error})") from None
+      except (tf.errors.OpError, OSError):
+        raise UserError(f"--predict={name}: not a picture that can be read") from None
       images = input_pipeline.scale(image)[None].numpy()  # [1, I, I, 3]
       probs = np.asarray(jax.nn.softmax(model.forward(params, images, config)))[0]  # [C]
       best = probs.argsort()[::-1][:5]
@@ -760,7 +760,8 @@ def benchmark_topology(topology, config, batch_size, settings):
     mesh, gib = Mesh(np.array(devices), ("data",)), GIB[kind]
   except (RuntimeError, KeyError) as error:
     raise UserError(f"--topology={topology}: {str(error).splitlines()[0]}; expected a shape of "
-                    f"{', '.join(GIB)}, such as v3:2x2, and pip install \"jax[tpu]\"") from None
+                    f"{', '.join(GIB)}, such as v3:2x2, pip install \"jax[tpu]\", and no other "
+                    "process that uses it") from None
   shardings = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",))]
   for parts in (given, *(n for n in (2, 4, 8) if n > given)):
     log(f"Compiling for {mesh.size} x {kind} with --grad_accum={parts}: a minute or more ...")
