@@ -206,7 +206,8 @@ def _compiled_layers(num_layers, magnitude):
     image = tf.cast(image, tf.uint8)
     image = tf.where(flip, image[:, ::-1], image)
     H, W, _ = image.shape
-    for draw in draws if num_layers else ():  # in the graph, so that an operation is compiled once
+    # TensorFlow makes this a loop of XLA, so that each operation is compiled once for all layers.
+    for draw in draws if num_layers else ():
       center = tf.cast(draw[2:] * (H, W), tf.int32)
       given = arguments(magnitude, tf.where(draw[1] < 0.5, -1.0, 1.0), center, max(H, W))
       image = tf.switch_case(tf.cast(draw[0] * len(given), tf.int32),
@@ -262,7 +263,7 @@ def mixup(images, labels, seed, p=0.2, scale=tf.identity, dtype=tf.float32):
     images and labels, a * x + (1 - a) * roll(x, 1, axis=0).
   """
   # a / (a + b) of two Gammas is Beta. In float32 both underflow to 0 at p = 0.2 now and then, and
-  # 0 / 0 is a NaN. In float64 that takes p < 0.01, where the proportion is 1 or close to it.
+  # 0 / 0 is a NaN; in float64 only below p = 0.01, where 1e-300 then makes the proportion 1.
   gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
   return _compiled_mix(scale, dtype)(images, a), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)

@@ -268,13 +268,16 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
         yield batch
         done += 1
     except tf.errors.OpError as error:
-      if not skip_bad_images:  # which one was it?
-        for index, record in records.skip(done * len(rows)).ignore_errors():
-          try:
+      try:
+        batch = records.skip(done * len(rows)).take(0 if skip_bad_images else len(rows))
+        for index, record in batch:
+          try:  # which one was it?
             example(index, record)
           except tf.errors.OpError as bad:
             raise BadImage(f"bad record {record_name(record)}: {_reason(bad)} (--skip_bad_images "
                            "leaves such records out)") from None
+      except tf.errors.OpError:  # it was the stream itself
+        pass
       raise BadImage(f"{_reason(error)}: look at the files of the data set, or prepare it again"
                      ) from None
 
@@ -289,7 +292,8 @@ def _reason(error):
 
 # --- The order of records -------------------------------------------------------------------------
 
-ORDER = 1  # which order this file defines; a change of what stands where in the stream changes it
+# Raise this when a change moves records in the stream: a run of another order does not resume.
+ORDER = 1
 
 
 def shuffled_records(dataset, split, seed, start=0):
@@ -337,8 +341,8 @@ def read_records(dataset, split, seed=None):
 
   def read_file(path, skip, take):
     examples = tf.data.TFRecordDataset(path, buffer_size=1 << 20).skip(skip).take(take)
-    return tf.data.Dataset.zip({"example": examples, "path": tf.data.Dataset.from_tensors(path).repeat(),
-                                "number": tf.data.Dataset.range(skip, tf.int64.max)})
+    paths, numbers = tf.data.Dataset.from_tensors(path).repeat(), tf.data.Dataset.range(skip, 2 ** 62)
+    return tf.data.Dataset.zip({"example": examples, "path": paths, "number": numbers})
 
   files = dataset.info.splits[split].file_instructions
   order = tf.range(len(files))
@@ -377,8 +381,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")  # what TensorFlow 
 class Folder:
   """Pictures in SPLIT/CLASS/, at any depth, with the part of a TFDS builder that is used here.
 
-  files: {split: {"path": strings, "label": int64}}, in the constant random order of tfds.ImageFolder: a
-    part such as train[99%:] is a sample of all classes, and the same one in every run.
+  files: {split: {"path": strings, "label": int64}}, in the constant random order of
+    tfds.ImageFolder: a part such as train[99%:] is a sample of all classes, the same in every run.
   notes: lines about what was left out.
   """
 

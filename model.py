@@ -66,7 +66,7 @@ class Config(NamedTuple):
 
   @property
   def sizes(self):
-    """(P, D, number of blocks, M, N); ValueError if a field is none of those that are known."""
+    """(P, D, number of blocks, M, N); WeightsError if a field is none of those that are known."""
     name, _, patch = self.variant.partition("/")
     if name not in VARIANTS or not re.fullmatch("[1-9][0-9]*", patch):
       raise WeightsError(f"--variant={self.variant}: expected one of {', '.join(VARIANTS)} and a "
@@ -84,7 +84,7 @@ def parameter_table(config=Config()):
   """Every parameter's name, shape and initialiser: {name: (shape, function(key, shape) -> array)}.
 
   Raises:
-    ValueError: a field of the config is unknown; the message says what was expected.
+    WeightsError: a field of the config is unknown; the message says what was expected.
   """
   P, D, blocks, M, N = config.sizes
   H, L, C = D // N, (config.image_size // P) ** 2, config.num_classes
@@ -95,32 +95,32 @@ def parameter_table(config=Config()):
   # N or D for a receptive field and bound the values by 0.015 instead of sqrt(6 / 2D) = 0.088.
   to_heads, from_heads = xavier(in_axis=0, out_axis=(1, 2)), xavier(in_axis=(0, 1), out_axis=2)
 
-  table = {"embedding/kernel": ((P, P, 3, D), lecun), "embedding/bias": ((D,), zeros)}
+  table = {}
+
+  def layer(name, shape, kernel, bias=zeros, outputs=1):  # the bias has the last `outputs` axes
+    table[f"{name}/kernel"], table[f"{name}/bias"] = (shape, kernel), (shape[-outputs:], bias)
+
+  def norm(name):
+    table[f"{name}/scale"], table[f"{name}/bias"] = ((D,), ones), ((D,), zeros)
+
+  layer("embedding", (P, P, 3, D), lecun)
   if config.posemb == "learned":
     table["pos_embedding"] = ((1, L, D), normal(1 / math.sqrt(D)))
   if config.pool == "cls":
     table["cls"] = ((1, 1, D), zeros)
   for i in range(blocks):
     name = f"Transformer/encoderblock_{i}"
-    for norm in ("LayerNorm_0", "LayerNorm_1"):
-      table[f"{name}/{norm}/scale"] = ((D,), ones)
-      table[f"{name}/{norm}/bias"] = ((D,), zeros)
+    norm(f"{name}/LayerNorm_0")
     for projection in ("query", "key", "value"):
-      table[f"{name}/MultiHeadDotProductAttention_0/{projection}/kernel"] = ((D, N, H), to_heads)
-      table[f"{name}/MultiHeadDotProductAttention_0/{projection}/bias"] = ((N, H), zeros)
-    table[f"{name}/MultiHeadDotProductAttention_0/out/kernel"] = ((N, H, D), from_heads)
-    table[f"{name}/MultiHeadDotProductAttention_0/out/bias"] = ((D,), zeros)
-    table[f"{name}/MlpBlock_0/Dense_0/kernel"] = ((D, M), xavier())
-    table[f"{name}/MlpBlock_0/Dense_0/bias"] = ((M,), normal(1e-6))
-    table[f"{name}/MlpBlock_0/Dense_1/kernel"] = ((M, D), xavier())
-    table[f"{name}/MlpBlock_0/Dense_1/bias"] = ((D,), normal(1e-6))
-  table["Transformer/encoder_norm/scale"] = ((D,), ones)
-  table["Transformer/encoder_norm/bias"] = ((D,), zeros)
+      layer(f"{name}/MultiHeadDotProductAttention_0/{projection}", (D, N, H), to_heads, outputs=2)
+    layer(f"{name}/MultiHeadDotProductAttention_0/out", (N, H, D), from_heads)
+    norm(f"{name}/LayerNorm_1")
+    layer(f"{name}/MlpBlock_0/Dense_0", (D, M), xavier(), normal(1e-6))
+    layer(f"{name}/MlpBlock_0/Dense_1", (M, D), xavier(), normal(1e-6))
+  norm("Transformer/encoder_norm")
   if config.head == "mlp":
-    table["pre_logits/kernel"] = ((D, D), lecun)
-    table["pre_logits/bias"] = ((D,), zeros)
-  table["head/kernel"] = ((D, C), zeros)  # zero, so that the first loss is exactly log(C)
-  table["head/bias"] = ((C,), zeros)
+    layer("pre_logits", (D, D), lecun)
+  layer("head", (D, C), zeros)  # zero, so that the first loss is exactly log(C)
   return table
 
 
@@ -379,11 +379,11 @@ def load(path):
   try:
     posemb = params.get("pos_embedding", np.zeros([1, 0, 0]))
     if "cls" in params and math.isqrt(posemb.shape[1]) ** 2 < posemb.shape[1]:
-      # Older models gave [cls] a position, too: a constant that is added to a constant.
+      # Older models added a position to [cls], too: fold it into cls.
       params |= {"cls": params["cls"] + posemb[:, :1], "pos_embedding": posemb[:, 1:]}
     config = _config_of({name: x.shape for name, x in params.items()}, rest)
     table = parameter_table(config)
-  except (KeyError, IndexError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
     raise WeightsError(f"--init={path}: no ViT in it that this code knows ({error})") from None
   if not config.num_classes:
     table = {name: row for name, row in table.items() if not name.startswith("head/")}

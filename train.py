@@ -67,7 +67,7 @@ flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"],
 flags.DEFINE_integer("seed", 0, "Seeds parameters, order of the data and augmentations.", 0)
 flags.DEFINE_string("init", None, "Start from the weights in this .npz: published ones or ours.")
 
-# All other flags change how a run is done, not what comes out of it.
+# The other flags may differ when a run resumes (parts and repeats change the rounding only).
 NOT_RECIPE = {flag.name for flag in (
     flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes."),
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets (default: TFDS' own)."),
@@ -79,7 +79,7 @@ NOT_RECIPE = {flag.name for flag in (
     flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used."),
     flags.DEFINE_bool("allow_changes", False, "Resume although the recipe has changed."),
     flags.DEFINE_integer("grad_accum", 1, "Take a batch in so many parts, to save memory.", 1),
-    flags.DEFINE_bool("remat", False, "Compute blocks twice, to save memory; not on a CPU."),
+    flags.DEFINE_bool("remat", False, "Compute blocks twice, to save memory (not a CPU's)."),
     flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it."),
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are."),
     flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is."),
@@ -150,13 +150,13 @@ def loss_and_grads(params, batch, config, remat=False, grad_accum=1):
 received_signal = 0  # SIGTERM or SIGINT, of `handle_signal`
 
 
-def put(batch, split):
+def put(batch, by_rows):
   """This process's rows, {name: array [b, ...]}, as arrays [B, ...] split over all devices.
 
   With them goes "stop": so all processes learn in the same step of a signal that one received.
   """
   stop = np.full(len(batch["images"]), received_signal, np.int32)
-  return jax.make_array_from_process_local_data(split, batch | {"stop": stop})
+  return jax.make_array_from_process_local_data(by_rows, batch | {"stop": stop})
 
 
 def host_metrics(batch):
@@ -164,14 +164,14 @@ def host_metrics(batch):
   return {"bad": batch["bad"].sum(), "stop": batch["stop"].max()}
 
 
-def make_eval_step(config, replicated, split):
+def make_eval_step(config, replicated, by_rows):
   """function(params, batch) -> sums over rows: "count", "top1", "top5", "loss", `host_metrics`.
 
   A prediction is right if it is in the set of labels of its row; the loss is against the labels in
   equal parts. Only rows of the batch's mask count, and, as in ReaL, only those that have a label.
   """
 
-  @jax.jit(in_shardings=(replicated, split), out_shardings=replicated)
+  @jax.jit(in_shardings=(replicated, by_rows), out_shardings=replicated)
   def eval_step(params, batch):
     labels, logits = batch["labels"], model.forward(params, batch["images"], config)
     counts = batch["mask"] & labels.any(1)
@@ -184,7 +184,7 @@ def make_eval_step(config, replicated, split):
   return eval_step
 
 
-def evaluate(params, evals, eval_step, split, prefix=""):
+def evaluate(params, evals, eval_step, by_rows, prefix=""):
   """Evaluates parameters on {name: (function() -> batches, dict to say of them)} of `open_evals`.
 
   Returns:
@@ -196,7 +196,7 @@ def evaluate(params, evals, eval_step, split, prefix=""):
     sums, metrics = collections.Counter(), {}
     for batch in batches():
       # The device works on this batch while the sums of the one before are read.
-      before, metrics = metrics, eval_step(params, put(batch, split))
+      before, metrics = metrics, eval_step(params, put(batch, by_rows))
       sums.update({key: value.item() for key, value in before.items()})
       if sums["stop"]:
         return results, int(sums["stop"])
@@ -225,13 +225,13 @@ def check_run(total_steps, warmup_steps, batch_size, grad_accum, devices):
                     f"steps: pass --warmup_steps={total_steps // 10} or more --epochs")
 
 
-def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000, lr=1e-3,
+def make_training(config, replicated, by_rows, total_steps, *, warmup_steps=10_000, lr=1e-3,
                   weight_decay=1e-4, grad_clip_norm=1.0, grad_accum=1, remat=False):
   """What is trained, and the step that does it.
 
   Args:
     config: a model.Config.
-    replicated, split: the shardings over the devices of the state, and of the rows of a batch.
+    replicated, by_rows: the shardings over the devices of the state, and of the rows of a batch.
     The rest are the flags of the same names.
 
   Returns:
@@ -247,7 +247,7 @@ def make_training(config, replicated, split, total_steps, *, warmup_steps=10_000
   def init(params):
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
-  @jax.jit(in_shardings=(replicated, split), out_shardings=replicated, donate_argnums=0)
+  @jax.jit(in_shardings=(replicated, by_rows), out_shardings=replicated, donate_argnums=0)
   def step(state, batch):
     # The loss is a mean over rows that are split: hence XLA adds up the gradients of all devices.
     loss, grads = loss_and_grads(state["params"], batch, config, remat, grad_accum)
@@ -265,7 +265,7 @@ def main(argv):
   # One axis of devices: the state is the same on all of them, the rows of a batch are split.
   start_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
   mesh = Mesh(jax.devices(), ("data",))
-  replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+  replicated, by_rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
   # The model is as the flags say, or with --init as its file does.
   weights, info = model.load(FLAGS.init) if FLAGS.init else ({}, model.Info())
@@ -278,15 +278,16 @@ def main(argv):
   reading = dict(image_size=config.image_size, dtype=config.dtype,
                  process_index=jax.process_index(), process_count=jax.process_count(),
                  skip_bad_images=FLAGS.skip_bad_images)
-  if FLAGS.benchmark or FLAGS.eval_only or FLAGS.predict or FLAGS.export_timm or argv[1:]:
-    return instead_of_training(argv, weights, info, config, replicated, split, settings, reading)
+  instead = FLAGS.benchmark, FLAGS.topology, FLAGS.eval_only, FLAGS.predict, FLAGS.export_timm
+  if any(instead) or argv[1:]:
+    return instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading)
 
   # Data
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
   for note in input_pipeline.notes(dataset):
     log(note)
-  if input_pipeline.is_set(dataset):  # delete this with a loss for sets of labels
-    raise UserError(f"--dataset={FLAGS.dataset}: a label is a set, where the loss needs exactly one")
+  if input_pipeline.is_set(dataset):  # a fork whose loss takes sets of labels can delete this
+    raise UserError(f"--dataset={FLAGS.dataset}: its label is a set; the loss needs exactly one")
   weights, label_names = fit_weights(weights, info, config, dataset)
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
@@ -301,12 +302,12 @@ def main(argv):
   # Parameters, optimiser, step
   config = config._replace(num_classes=len(label_names))
   params = model.init_params(FLAGS.seed, config) | weights
-  init, train_step = make_training(config, replicated, split, total_steps, **settings)
-  eval_step = make_eval_step(config, replicated, split)
-  recipe = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
-            if flag.name not in NOT_RECIPE}
-  defaults = {name: flag.default for name, flag in recipe.items()}
-  recipe = {name: getattr(config, name, flag.value) for name, flag in recipe.items()}
+  init, train_step = make_training(config, replicated, by_rows, total_steps, **settings)
+  eval_step = make_eval_step(config, replicated, by_rows)
+  recipe_flags = [flag for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+                  if flag.name not in NOT_RECIPE]
+  defaults = {flag.name: flag.default for flag in recipe_flags}
+  recipe = {flag.name: getattr(config, flag.name, flag.value) for flag in recipe_flags}
   recipe["data_order"] = input_pipeline.ORDER
   state = restore_checkpoint(FLAGS.workdir, init(params), recipe, defaults, FLAGS.allow_changes)
   step = int(state["step"])
@@ -326,13 +327,13 @@ def main(argv):
   batches, stop = train_batches(start_step=step), 0  # stop: the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
-      results, stop = evaluate(state["params"], evals, eval_step, split)
+      results, stop = evaluate(state["params"], evals, eval_step, by_rows)
       if not stop:  # else they are of a part only
         run_log.evaluation(step, results, checkpoint_path(FLAGS.workdir, step))
       if stop or step >= total_steps:
         break
     batch = run_log.wait_for(batches)
-    state, metrics = train_step(state, put(batch, split))
+    state, metrics = train_step(state, put(batch, by_rows))
     step += 1
     due = step == total_steps or any(step % period == 0 for period in periods)
     stop = run_log.step(step, metrics, wait=due)  # raises before what is not finite is saved
@@ -418,9 +419,12 @@ class RunLog:
     if jax.process_index() == 0:
       make_workdir(workdir)
       self.events = tf.summary.create_file_writer(workdir)
+      path = os.path.join(workdir, "log.jsonl")
+      with log_write_errors(path), tf.io.gfile.GFile(path, "a+") as f:
+        f.write("\n" * (f.read()[-1:] not in ("", "\n")))  # what broke off may be half a line
 
   def restart(self, step):
-    """Measures speed from this step on."""
+    """Measures speed from this step on; None: from the first step on, which is compiled first."""
     self.since, self.started, self.waited = step, time.perf_counter(), 0.0
 
   def wait_for(self, batches):
@@ -472,10 +476,11 @@ class RunLog:
 
   def evaluation(self, step, results, weights):
     """Logs the results of `evaluate`, and writes them to eval.json. weights: the file of them."""
-    log(f"Evaluation at step {step}:")
+    log(f"Evaluation at step {step}:" if step is not None else f"Evaluation of {weights}:")
     for name, result in results.items():
-      log("  {:10} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %   loss {loss:.4f}   {count:,} images"
-          .format(name, **result) + f"  ({result['bad']} bad images left out)" * bool(result["bad"]))
+      bad = f"  ({result['bad']} bad images left out)" * bool(result["bad"])
+      log("  {:10} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %   loss {loss:.4f}   {count:,} images{}"
+          .format(name, bad, **result))
     self.write({"step": step} | {f"{name}/{key}": result[key] for name, result in results.items()
                                  for key in ("count", "top1", "top5", "loss")})
     self.restart(step)
@@ -492,8 +497,8 @@ class RunLog:
       with log_write_errors(path), self.events.as_default(line["step"] or 0):
         with tf.io.gfile.GFile(path, "a") as f:
           f.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-          tf.summary.scalar(name, value)
+        for name in line.keys() - {"step"}:
+          tf.summary.scalar(name, line[name])
         self.events.flush()
 
 
@@ -524,9 +529,10 @@ def handle_signal(number, _):
   """SIGTERM and Ctrl-C end the run after a checkpoint; a second one ends it at once."""
   global received_signal
   received_signal = number
-  signal.signal(number, signal.SIG_DFL)
-  print(f"\n{signal.Signals(number).name}: saving a checkpoint and stopping; once more to stop at "
-        "once.", flush=True)
+  for each in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, signal.SIG_DFL)
+  text = "saving a checkpoint and stopping; once more to stop at once."
+  os.write(1, f"\n{signal.Signals(number).name}: {text}\n".encode())  # print may be busy
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -591,7 +597,7 @@ def save_checkpoint(workdir, state, keep_every=0, last=False):
 
 
 def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
-  """The newest state in a workdir, or `state` if there is none; a damaged file is named and skipped.
+  """The newest state in a workdir, or `state` if there is none; damaged files are named, skipped.
 
   Args:
     workdir: any path that tf.io.gfile handles; all processes must see the same one.
@@ -604,7 +610,7 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
     UserError: there are checkpoints, but none can be read, or the newest is of another recipe or
       model, or the processes found different ones.
   """
-  found, expected = checkpoints(workdir)[::-1], model.flatten(jax.device_get(state))
+  found, flat = checkpoints(workdir)[::-1], model.flatten(jax.device_get(state))
   for _, path in found:
     try:
       arrays = model.read_npz(path)
@@ -618,52 +624,54 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
     if changes and not allow_changes:
       raise UserError(f"{path} was trained with {', '.join(changes)}. Give the same flags, or "
                       "another --workdir, or --allow_changes to go on with the new ones.")
-    wrong = [name for name, x in expected.items() if name not in arrays
+    wrong = [name for name, x in flat.items() if name not in arrays
              or (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)]
     if wrong:
       raise UserError(f"{path} does not fit the model: {', '.join(wrong[:3])} missing, or of "
                       "another shape or type; give another --workdir")
     log(f"Resuming after step {int(arrays['step'])} from {path}.")
-    expected = {name: arrays[name] for name in expected}
+    flat = {name: arrays[name] for name in flat}
     break
   else:
     if found:
       raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
-  if np.ptp(multihost_utils.process_allgather(np.int32(expected["step"]))):
+  if np.ptp(multihost_utils.process_allgather(np.int32(flat["step"]))):
     raise UserError("the processes do not see the same checkpoints: all must share --workdir="
                     + workdir)
-  return jax.tree.unflatten(jax.tree.structure(state), expected.values())
+  return jax.tree.unflatten(jax.tree.structure(state), flat.values())
 
 
 # --- Instead of training --------------------------------------------------------------------------
 
 
-def instead_of_training(argv, weights, info, config, replicated, split, settings, reading):
+def instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading):
   """What --benchmark, --eval_only, --predict and --export_timm ask for; arguments as in `main`."""
   if argv[1:] and not FLAGS.predict:
     raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
-  if FLAGS.topology:
+  if FLAGS.benchmark and FLAGS.topology:
     return benchmark_topology(FLAGS.topology, config, FLAGS.batch_size, settings)
   if FLAGS.benchmark:
-    return benchmark(config, FLAGS.batch_size, replicated, split, settings)
+    return benchmark(config, FLAGS.batch_size, replicated, by_rows, settings)
+  if FLAGS.topology:
+    raise UserError(f"--topology={FLAGS.topology} goes with --benchmark")
   if not config.num_classes or not weights:
     raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz with a head"
                     + f"; {FLAGS.init} has none and can only be trained from" * bool(weights))
   weights = model.fit(weights, info.config, config)
   if not np.any(weights["head"]["kernel"]):
     log(f"The head of --init={FLAGS.init} is all zeros, that is, untrained.")
-  if FLAGS.export_timm:
+  if FLAGS.export_timm and jax.process_index() == 0:
     export_timm(model.flatten(weights), config, FLAGS.export_timm)
-  if FLAGS.predict:
+  if FLAGS.predict and jax.process_index() == 0:
     predict(weights, config, info.label_names, FLAGS.predict + argv[1:], FLAGS.workdir)
   if FLAGS.eval_only:
     run_log, name = RunLog(FLAGS.workdir), info.recipe.get("dataset", FLAGS.dataset)
     name = FLAGS.dataset if FLAGS["dataset"].present else name
     dataset = input_pipeline.open_dataset(name, FLAGS.data_dir)
-    evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, split.num_devices,
+    evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, by_rows.num_devices,
                        reading | {"label_names": info.label_names})
     params = jax.make_array_from_process_local_data(replicated, weights)
-    results, _ = evaluate(params, evals, make_eval_step(config, replicated, split), split)
+    results, _ = evaluate(params, evals, make_eval_step(config, replicated, by_rows), by_rows)
     run_log.evaluation(info.step, results, FLAGS.init)
 
 
@@ -688,10 +696,11 @@ def predict(params, config, label_names, paths, workdir):
   make_workdir(workdir)
   drawn, captions, out = [], [], os.path.join(workdir, "predictions.png")
   for path in paths:
-    pattern = os.path.join(path, "*") if tf.io.gfile.isdir(path) else path
-    for name in sorted(tf.io.gfile.glob(pattern)) or [path]:
-      if name != path and not name.lower().endswith(input_pipeline.ENDINGS):
-        continue
+    names = sorted(tf.io.gfile.glob(path)) or [path]
+    if tf.io.gfile.isdir(path):
+      names = [os.path.join(path, name) for name in sorted(tf.io.gfile.listdir(path))
+               if name.lower().endswith(input_pipeline.ENDINGS)]
+    for name in names:
       try:
         image = input_pipeline.eval_image(upright(name), config.image_size)
       except (tf.errors.OpError, OSError):
@@ -725,14 +734,14 @@ def upright(path):
 # --- Benchmarks -----------------------------------------------------------------------------------
 
 
-def compile_step(config, batch_size, replicated, split, settings):
+def compile_step(config, batch_size, replicated, by_rows, settings):
   """The training step, compiled from shapes alone, for whatever devices the shardings name.
 
   Returns:
     `init` of `make_training`, the compiled step, {name: shape} of a batch, the GiB on each device.
   """
-  check_run(10 ** 6, 0, batch_size, settings["grad_accum"], split.num_devices)
-  init, step = make_training(config, replicated, split, 10 ** 6, **settings)
+  check_run(10 ** 6, 0, batch_size, settings["grad_accum"], by_rows.num_devices)
+  init, step = make_training(config, replicated, by_rows, 10 ** 6, **settings)
   state = jax.eval_shape(lambda: init(model.init_params(0, config)))
   B, I, C = batch_size, config.image_size, config.num_classes
   batch = {"images": jax.ShapeDtypeStruct((B, I, I, 3), config.dtype),
@@ -749,7 +758,7 @@ GIB = {"v3": 16, "v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # of a device: no c
 
 
 def benchmark_topology(topology, config, batch_size, settings):
-  """Compiles the step for TPUs that are not here, and prints what it takes; an error if too much."""
+  """Compiles the step for TPUs that are not here and prints what it takes; too much is an error."""
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   kind, given = topology.split(":")[0], settings["grad_accum"]
   try:
@@ -763,10 +772,11 @@ def benchmark_topology(topology, config, batch_size, settings):
                     f"{', '.join(GIB)}, such as v3:2x2, pip install \"jax[tpu]\", and no other "
                     "process that uses it") from None
   shardings = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",))]
-  for parts in (given, *(n for n in (2, 4, 8) if n > given)):
+  more = [n for n in (2, 4, 8) if n > given and batch_size % (n * mesh.size) == 0]
+  for parts in (given, *more):
     log(f"Compiling for {mesh.size} x {kind} with --grad_accum={parts}: a minute or more ...")
+    settings = settings | {"grad_accum": parts}
     try:
-      settings["grad_accum"] = parts
       _, step, _, size = compile_step(config, batch_size, *shardings, settings)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
@@ -781,10 +791,10 @@ def benchmark_topology(topology, config, batch_size, settings):
                f"{mesh.size} x {kind}: {size:.2f} of {gib} GiB a device, "
                f"{cost['bytes accessed'] / 1e9:.1f} GB moved a step"
                + estimate * (kind == "v3"))  # for others it lacks the costs of some operations
-  raise UserError(f"--batch_size={batch_size} is too large for {topology}, also with --grad_accum=8")
+  raise UserError(f"--batch_size={batch_size} is too large for {topology}, as are its parts")
 
 
-def benchmark(config, batch_size, replicated, split, settings, rounds=5):
+def benchmark(config, batch_size, replicated, by_rows, settings, rounds=5):
   """Prints the speed of the step on random data, beside that of a large matrix product."""
 
   def seconds(function, repeats):  # of one call, when calls follow each other as steps do
@@ -797,12 +807,12 @@ def benchmark(config, batch_size, replicated, split, settings, rounds=5):
 
   log("Compiling the step ...")
   started = time.perf_counter()
-  init, step, shapes, size = compile_step(config, batch_size, replicated, split, settings)
+  init, step, shapes, size = compile_step(config, batch_size, replicated, by_rows, settings)
   compiled, rng = time.perf_counter(), np.random.default_rng(0)
   b = batch_size // jax.process_count()
   images = rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype)
   labels = np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, config.num_classes, b)]
-  batch = put({"images": images, "labels": labels, "bad": np.zeros(b, bool)}, split)
+  batch = put({"images": images, "labels": labels, "bad": np.zeros(b, bool)}, by_rows)
   replicate = functools.partial(jax.make_array_from_process_local_data, replicated)
   state = replicate(jax.device_get(init(model.init_params(0, config))))
   ready = time.perf_counter()
