@@ -38,7 +38,7 @@ import augment
 for _kind in ("GPU", "TPU"):  # TensorFlow feeds the accelerator; it must not take its memory
   tf.config.set_visible_devices([], _kind)
 
-THREADS = os.cpu_count()
+THREADS = os.cpu_count() + 2  # as one now and then waits for another
 # Independent streams of random numbers, at most 64. A new one goes to the end.
 STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")
 
@@ -257,7 +257,8 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
     return ds.take(1).get_single_element()
 
   ds = records.map(good_or_zeros if skip_bad_images else good, num_parallel_calls=THREADS)
-  ds = ds.batch(len(rows)).enumerate(start_step).map(finish, num_parallel_calls=2).prefetch(2)
+  ds = ds.batch(len(rows), num_parallel_calls=2).enumerate(start_step)
+  ds = ds.map(finish, num_parallel_calls=2).prefetch(2)
   options = tf.data.Options()
   options.autotune.enabled = False  # nothing is left to tune, and it keeps a process from ending
 
@@ -341,7 +342,8 @@ def read_records(dataset, split, seed=None):
 
   def read_file(path, skip, take):
     examples = tf.data.TFRecordDataset(path, buffer_size=1 << 20).skip(skip).take(take)
-    paths, numbers = tf.data.Dataset.from_tensors(path).repeat(), tf.data.Dataset.range(skip, 2 ** 62)
+    paths = tf.data.Dataset.from_tensors(path).repeat()
+    numbers = tf.data.Dataset.range(skip, tf.int64.max)
     return tf.data.Dataset.zip({"example": examples, "path": paths, "number": numbers})
 
   files = dataset.info.splits[split].file_instructions
@@ -396,6 +398,8 @@ class Folder:
         continue  # hidden, or the root itself
       paths = found[split][below[0]] if below else []
       for name in names:
+        if name.startswith("."):
+          continue
         ending = os.path.splitext(name)[1].lower()
         if below and ending in ENDINGS:
           paths.append(os.path.join(folder, name))
@@ -620,7 +624,7 @@ def main(_):
   batch = next(train_batches(dataset, split, B, dtype="float32", **kwargs))
   print(f"First training batch after {time.time() - started:.1f} s.")
   captions = [", ".join(f"{p:.2f} {name}" for p, name in
-                        sorted(zip(label, class_names(dataset)))[::-1] if p)
+                        sorted(zip(label, class_names(dataset)))[::-1] if p >= 0.005)
               for label in batch["labels"][:16]]
   augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:16] + 1) * 127.5), captions)
   print(f"Wrote {FLAGS.out}, training images as the model sees them. Measuring ...", flush=True)
@@ -647,8 +651,8 @@ def main(_):
   rates = {name: statistics.median(values) for name, values in rates.items()}
   for name, rate in rates.items():
     print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the "
-          f"limit  {1000 * THREADS / rate:.2f} core-milliseconds an image")
-  print(f"Training: feeds {rates['training']:,.0f} images/s on this host of {THREADS} cores.")
+          f"limit  {1000 * os.cpu_count() / rate:.2f} core-milliseconds an image")
+  print(f"Training: feeds {rates['training']:,.0f} images/s on this host of {os.cpu_count()} cores.")
 
 
 if __name__ == "__main__":

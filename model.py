@@ -285,7 +285,8 @@ def attention_map(params, images, config=Config()):
   p = params["Transformer"][f"encoderblock_{blocks - 1}"]
   y = layer_norm(p["LayerNorm_0"], x).astype(config.dtype)
   q, k, _ = queries_keys_values(p["MultiHeadDotProductAttention_0"], y)
-  scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
+  scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=PRECISION[config.dtype],
+                      preferred_element_type=jnp.float32)
   probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1])).mean(1)  # [B, L, L]
   weights = probs[:, 0, 1:] if config.pool == "cls" else probs.mean(1)
   return weights.reshape(len(images), images.shape[1] // P, -1)

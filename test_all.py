@@ -169,11 +169,11 @@ class ModelTest(parameterized.TestCase):
       ("M", 512, 12, 2048, 8), ("B", 768, 12, 3072, 12), ("L", 1024, 24, 4096, 16), ("H", 1280, 32, 5120, 16))
   def test_variants(self, name, D, blocks, M, N):
     config = model.Config(f"{name}/32")
-    shapes, last = shapes_of(config), f"Transformer/encoderblock_{blocks - 1}/"
+    shapes, last = shapes_of(config), f"Transformer/encoderblock_{blocks - 1}"
     self.assertEqual((config.sizes, len(shapes)), ((32, D, blocks, M, N), 8 + 16 * blocks))
-    for name, shape in (("embedding/kernel", (32, 32, 3, D)), (last + "MlpBlock_0/Dense_0/kernel", (D, M)),
-                        (last + "MultiHeadDotProductAttention_0/query/kernel", (D, N, D // N))):
-      self.assertEqual(shapes[name], shape)
+    self.assertEqual(shapes["embedding/kernel"], (32, 32, 3, D))
+    self.assertEqual(shapes[f"{last}/MlpBlock_0/Dense_0/kernel"], (D, M))
+    self.assertEqual(shapes[f"{last}/MultiHeadDotProductAttention_0/query/kernel"], (D, N, D // N))
 
   def test_an_array_depends_on_seed_and_name_only(self):
     one, other, again = (model.init_params(seed, model.Config("mu/16", *more)) for seed, *more in (
@@ -302,7 +302,7 @@ class ModelTest(parameterized.TestCase):
 
   @cases(
       ("variant", "XL/16", "one of.*mu"), ("variant", "S", "such as S/16"), ("variant", "S/0", "such as S/16"),
-      ("image_size", 225, "multiple of the patch size, 16"), ("image_size", 8, "multiple"), ("pool", "max", "gap or cls"),
+      ("image_size", 225, "multiple of the patch size, 16"), ("image_size", 8, "mult"), ("pool", "max", "gap or cls"),
       ("posemb", "no", "sincos2d or learned"), ("head", "two", "mlp or linear"), ("dtype", "half", "bfloat16 or float"))
   def test_errors(self, field, value, message):
     self.assertTrue(issubclass(model.WeightsError, ValueError))
@@ -319,13 +319,13 @@ def tiny_batch(size=16, seed=0, config=TINY):
           "labels": np.float32(rng.dirichlet(np.ones(config.num_classes), size)), "bad": np.zeros(size, bool)}
 
 
-def train_steps(batches, devices=8, put=train.put, **settings):
+def train_steps(batches, devices=8, put=None, **settings):
   """One step on each batch: the metrics of all, {name: list}, and the last state."""
   replicated, split = shardings(jax.devices()[:devices])
   init, step = train.make_training(TINY, replicated, split, 150, **settings)
   state, history = jax.device_put(init(random_params()), replicated), collections.defaultdict(list)
   for batch in batches:
-    before, (state, metrics) = state, step(state, put(batch, split))
+    before, (state, metrics) = state, step(state, (put or train.put)(batch, split))
     assert all(x.is_deleted() for x in jax.tree.leaves(before))  # the step reuses its memory
     for name, x in metrics.items():
       history[name].append(x.item())
@@ -402,11 +402,6 @@ class MethodTest(parameterized.TestCase):
         (10_000 + 101_477 / 4, 0.5 + math.sqrt(0.125), 2e-7), (total - 1, last, 1e-9), (total, 0, 1e-9)):
       self.assertAlmostEqual(float(rate(step)), factor, delta=delta, msg=step)
     self.assertEqual(float(schedule(0, 10)(0)), 1)
-    for run, message in (
-        ((0, 0, 8, 1, 1), "--epochs is less than one step"), ((9, 9, 8, 1, 1), "--warmup_steps=9 is not shorter"),
-        ((9, 0, 12, 2, 4), "--batch_size=12: expected a multiple of 4 devices times --grad_accum=2")):
-      with self.assertRaisesRegex(train.UserError, message):
-        train.check_run(*run)
 
   def test_three_updates_against_float64(self):
     rng = default_rng(0)
@@ -430,8 +425,10 @@ class MethodTest(parameterized.TestCase):
     for name, x in params.items():
       close(x, expected[name], atol=2e-4, err_msg=name)
     adam = next(s for s in state if hasattr(s, "mu"))
-    for moment, dtype in ((adam.mu, jnp.bfloat16), (adam.nu, jnp.float32)):
-      self.assertEqual({x.dtype for x in jax.tree.leaves(moment)}, {jnp.dtype(dtype)})
+    for name, x in params.items():
+      self.assertEqual((adam.mu[name].dtype, adam.nu[name].dtype), (jnp.bfloat16, jnp.float32))
+      close(np.float64(adam.mu[name]), mu[name], atol=2e-3)
+      close(adam.nu[name], nu[name], rtol=1e-5)
 
   def test_decay_and_clipping(self):
     """Decay is not multiplied by the rate, and reaches kernels only; clipping can be off."""
@@ -884,7 +881,9 @@ class InputTest(parameterized.TestCase):
       for epoch in epochs:
         self.assertEqual((len(set(epoch)), set(epoch)), (45, set(epochs[0])))
       self.assertNotIn(epochs[0], (epochs[1], sorted(epochs[0]), order(1, 45)))
-      self.assertGreater(len({re.search("-0000(.)-of-", name)[1] for name in epochs[0][:20]}), 1)
+      files = [[re.search("-0000(.)-of-", name)[1] for name in epoch] for epoch in epochs]
+      self.assertGreater(len(set(files[0][:20])), 1)
+      self.assertGreater(len({epoch[0] for epoch in files}), 1)
       self.assertEqual(order(0, 35, start=100), stream[100:])
 
   @cases(
@@ -899,7 +898,7 @@ class InputTest(parameterized.TestCase):
   def test_splits(self):
     parts = [ids(input_pipeline.read_records(NUMBERS, split)) for split in ("train[:90%]", "train[90%:]", "validation")]
     self.assertEqual(([len(part) for part in parts], len(set(sum(parts, [])))), ([45, 5, 13], 63))
-    self.assertEqual(input_pipeline.split_size(NUMBERS, "train[:90%]+validation"), 58)
+    self.assertEqual(input_pipeline.split_size(NUMBERS, "train[90%:]+validation"), 18)
     for split in ("test", "train[:0]", "train[:101]", "tr ain"):
       with self.refused(r"unknown or empty; it has train \(50\), validation \(13\)"):
         input_pipeline.split_size(NUMBERS, split)
@@ -909,6 +908,7 @@ class InputTest(parameterized.TestCase):
     self.assertEqual(batches[0]["images"].shape, (8, 32, 32, 3))
     self.assertLessEqual(abs(batches[0]["images"]).max(), 1 + 1e-6)
     close(batches[0]["labels"].sum(1), 1, rtol=1e-6)
+    self.assertGreater(len({x["labels"][x["labels"] > 0].min() for x in batches}), 7)  # each is mixed by its own draw
     pairs = [(batches[start], next(self.train_batches(start_step=start))) for start in (3, 6, 13)]
     with patch(input_pipeline, "THREADS", 1):
       pairs += zip(batches, take(self.train_batches(), 14))
@@ -982,15 +982,16 @@ class InputTest(parameterized.TestCase):
       self.assertBetween(value, low, high)
 
   def test_train_image_truncates_and_flips(self):
-    png = tf.io.encode_png(np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 1, 3)))
-    flips = 0
+    columns = default_rng(0).integers(0, 256, (1, 120, 1)).astype(np.uint8)
+    png, flips = tf.io.encode_png(np.tile(columns, (120, 1, 3))), 0
     for i in range(60):
       row = input_pipeline.train_image(png, 0, i, 32, 0).numpy()[5, :, 1].astype(int)
       crop = input_pipeline.decode_random_crop(png, input_pipeline.seed_for("crops", 0, i)).numpy()[0, :, 0]
       # Bilinear without antialiasing: output pixel j reads at (j + 0.5) * width / 32 - 0.5.
       where = ((np.arange(32) + 0.5) * len(crop) / 32 - 0.5).clip(0, len(crop) - 1)
-      flipped = row[0] > row[-1]
-      differs = abs(row[::-1 if flipped else 1] - np.floor(np.interp(where, np.arange(len(crop)), crop) + 1e-4))
+      expected = np.floor(np.interp(where, np.arange(len(crop)), crop) + 1e-4)
+      flipped = abs(row - expected).sum() > abs(row[::-1] - expected).sum()
+      differs = abs(row[::-1 if flipped else 1] - expected)
       self.assertTrue(differs.max() <= 1 and (differs > 0).mean() < 0.1)
       flips += flipped
     self.assertBetween(flips, 18, 42)
@@ -1047,7 +1048,8 @@ class InputTest(parameterized.TestCase):
       name = write_folder(root, {f"train/{i % 3}{'ab'[i % 2]}/{i}.jpg": picture() for i in range(60)})
       data, other = input_pipeline.open_dataset(name), tfds.ImageFolder(root).as_dataset(split="train")
       files, *parts = (ids(input_pipeline.read_records(data, f"train{part}")) for part in ("", "[:90%]", "[90%:]"))
-      self.assertEqual((files, parts), ([x["image/filename"].numpy().decode() for x in other], [files[:54], files[54:]]))
+      self.assertEqual(files, [x["image/filename"].numpy().decode() for x in other])
+      self.assertEqual(parts, [files[:54], files[54:]])
       for file in parts[0]:
         os.remove(file)
       self.assertEqual(sum(batch["mask"].sum() for batch in self.eval_batches(4, data, "train[90%:]")), 6)

@@ -696,14 +696,17 @@ def predict(params, config, label_names, paths, workdir):
   make_workdir(workdir)
   drawn, captions, out = [], [], os.path.join(workdir, "predictions.png")
   for path in paths:
-    names = sorted(tf.io.gfile.glob(path)) or [path]
     if tf.io.gfile.isdir(path):
-      names = [os.path.join(path, name) for name in sorted(tf.io.gfile.listdir(path))
-               if name.lower().endswith(input_pipeline.ENDINGS)]
+      names = [os.path.join(path, name) for name in sorted(tf.io.gfile.listdir(path))]
+    else:
+      names = sorted(tf.io.gfile.glob(path)) or [path]
+    names = [name for name in names if name == path or name.lower().endswith(input_pipeline.ENDINGS)]
+    if not names:
+      raise UserError(f"--predict={path}: no picture there")
     for name in names:
       try:
         image = input_pipeline.eval_image(upright(name), config.image_size)
-      except (tf.errors.OpError, OSError):
+      except Exception:  # whatever TensorFlow and Pillow make of something else
         raise UserError(f"--predict={name}: not a picture that can be read") from None
       images = input_pipeline.scale(image)[None].numpy()  # [1, I, I, 3]
       probs = np.asarray(jax.nn.softmax(model.forward(params, images, config)))[0]  # [C]
@@ -714,8 +717,6 @@ def predict(params, config, label_names, paths, workdir):
       drawn += [image.numpy(), np.uint8(image.numpy() * (0.2 + 0.8 * heat))]
       captions += [f"{os.path.basename(name)}: {label_names[best[0]]} {probs[best[0]]:.0%}",
                    "attention of the last block"]
-  if not drawn:
-    raise UserError(f"--predict={','.join(paths)}: no picture there")
   augment.draw_grid(out, drawn, captions, columns=min(8, len(drawn)))
   log(f"Wrote {out}.")
 
