@@ -375,11 +375,11 @@ class MethodTest(parameterized.TestCase):
           --image_size=24 --posemb=learned --pool=cls --head=linear --seed=6 --dtype=float32 --grad_accum=2 --remat
           --eval=train --workdir={root}/run --skip_bad_images""".split())
       self.assertRaises(Reached, train.main, ["train.py"])
-    config, (replicated, split) = model.Config("mu/8", 24, "learned", "cls", "linear", 3, "float32"), shardings()
+    config, (replicated, by_rows) = model.Config("mu/8", 24, "learned", "cls", "linear", 3, "float32"), shardings()
     rates = dict(lr=0.5, weight_decay=0.25, grad_clip_norm=3)
     for stand_in, function, expected in (
         (make_optimizer, train.make_optimizer, rates), (init_params, model.init_params, dict(seed=6, config=config)),
-        (make_training, train.make_training, rates | dict(config=config, replicated=replicated, split=split,
+        (make_training, train.make_training, rates | dict(config=config, replicated=replicated, by_rows=by_rows,
          total_steps=18, warmup_steps=5, grad_accum=2, remat=True)),  # 7 * 40 / 16 = 17.5
         (train_batches, input_pipeline.train_batches, dict(
             dataset=NUMBERS, split="train[:80%]", batch_size=16, start_step=0, image_size=24, randaug_layers=1,
@@ -507,7 +507,7 @@ class MethodTest(parameterized.TestCase):
       for count in counts:
         yield {"images": np.zeros(8), "mask": np.arange(8) < count, "bad": np.arange(8) >= count}
     evals = {"val": (lambda: rows(8, 6, 2), {"split": "v"}), "v2": (lambda: rows(8), {})}
-    evaluate = functools.partial(train.evaluate, jnp.float32(2), eval_step=eval_step, split=shardings()[1])
+    evaluate = functools.partial(train.evaluate, jnp.float32(2), eval_step=eval_step, by_rows=shardings()[1])
     results, stop = evaluate(evals, prefix="ema/")
     self.assertEqual((list(results), stop), (["ema/val", "ema/v2"], 0))
     expected = dict(count=16, top1=37.5, top5=75, loss=1.125, bad=8, split="v")
