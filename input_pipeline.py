@@ -652,7 +652,7 @@ def main(_):
   for name, rate in rates.items():
     print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the "
           f"limit  {1000 * os.cpu_count() / rate:.2f} core-milliseconds an image")
-  print(f"Training: feeds {rates['training']:,.0f} images/s on this host of {os.cpu_count()} cores.")
+  print(f"Training: feeds {rates['training']:,.0f} images/s on this host, {os.cpu_count()} cores.")
 
 
 if __name__ == "__main__":

@@ -700,7 +700,8 @@ def predict(params, config, label_names, paths, workdir):
       names = [os.path.join(path, name) for name in sorted(tf.io.gfile.listdir(path))]
     else:
       names = sorted(tf.io.gfile.glob(path)) or [path]
-    names = [name for name in names if name == path or name.lower().endswith(input_pipeline.ENDINGS)]
+    endings = input_pipeline.ENDINGS
+    names = [name for name in names if name == path or name.lower().endswith(endings)]
     if not names:
       raise UserError(f"--predict={path}: no picture there")
     for name in names:
