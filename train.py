@@ -365,6 +365,8 @@ def fit_weights(weights, info, config, dataset):
   if not weights:
     return {}, label_names
   weights = model.fit(weights, info.config, config)
+  if "pos_embedding" in weights and info.config.image_size != config.image_size:
+    log(f"Resampling the position embedding for images of {config.image_size} pixels.")
   try:
     input_pipeline.label_positions(dataset, info.label_names)
   except input_pipeline.DatasetError as error:
@@ -699,7 +701,7 @@ def predict(params, config, label_names, paths, workdir):
     if tf.io.gfile.isdir(path):
       names = [os.path.join(path, name) for name in sorted(tf.io.gfile.listdir(path))]
     else:
-      names = sorted(tf.io.gfile.glob(path)) or [path]
+      names = [path] if tf.io.gfile.exists(path) else sorted(tf.io.gfile.glob(path)) or [path]
     endings = input_pipeline.ENDINGS
     names = [name for name in names if name == path or name.lower().endswith(endings)]
     if not names:
