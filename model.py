@@ -312,7 +312,7 @@ class Info(NamedTuple):
   """What a file of weights says about them."""
 
   config: Config = Config()
-  label_names: tuple = ()  # the C classes, in the order of the logits; () if the file does not say
+  label_names: tuple = ()  # the C classes, in the order of the logits; numbers if it does not say
   recipe: dict = {}  # the flags of train.py that made it; {} if it did not
   step: int = None  # how many updates; None if the file does not say
 
