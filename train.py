@@ -485,7 +485,7 @@ class RunLog:
           .format(name, bad, **result))
     self.write({"step": step} | {f"{name}/{key}": result[key] for name, result in results.items()
                                  for key in ("count", "top1", "top5", "loss")})
-    self.restart(step)
+    self.restart(None if self.since is None else step)  # nothing is compiled yet after resuming
     path = os.path.join(self.workdir, "eval.json")
     if jax.process_index() == 0:
       with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
