@@ -198,8 +198,8 @@ def embed(params, images, config):
   P, D, *_ = config.sizes
   B, h, w = images.shape[0], images.shape[1] // P, images.shape[2] // P
   # A convolution of stride P is one matrix product over patches of i x j pixels and c colours.
-  patches = images.astype(config.dtype).reshape(B, h, P, w, P, 3)
-  x = dense("byixjc,ijcd->byxd", params["embedding"], patches).reshape(B, h * w, D)
+  patches = images.astype(config.dtype).reshape(B, h, P, w, P, 3).swapaxes(2, 3)
+  x = dense("byxijc,ijcd->byxd", params["embedding"], patches).reshape(B, h * w, D)
   x += params["pos_embedding"] if config.posemb == "learned" else sincos2d(h, w, D)
   if config.pool == "cls":  # prepended after the positions are added: [cls] has none
     x = jnp.concatenate([jnp.broadcast_to(params["cls"], (B, 1, D)), x], 1)
@@ -219,21 +219,38 @@ def queries_keys_values(p, x):
   return [dense("bld,dnh->blnh", p[name], x) for name in ("query", "key", "value")]
 
 
+def attention_probs(q, k):
+  """softmax(q k^T / sqrt(H)) of queries and keys [B, L, N, H]: float32 [B, N, L, L]."""
+  scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=PRECISION[q.dtype.name],
+                      preferred_element_type=jnp.float32)
+  return jax.nn.softmax(scores / math.sqrt(q.shape[-1]))
+
+
 def attention(p, x, config):
-  """Multi-head self-attention, [B, L, D] -> [B, L, D]; softmax(q k^T / sqrt(H)) is float32."""
+  """Multi-head self-attention, [B, L, D] -> [B, L, D]."""
   q, k, v = queries_keys_values(p, x)
   # cuDNN never stores the L x L matrices. It takes bfloat16, and for JAX only an even L, which a
   # [cls] token makes odd.
-  fused = config.attention == "cudnn" and x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0
-  with jax.default_matmul_precision(PRECISION[config.dtype]):
-    y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+  if config.attention == "cudnn" and x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0:
+    y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+  else:
+    probs = light(attention_probs, x.dtype)(q, k).astype(x.dtype)
+    y = jnp.einsum("bnqk,bknh->bqnh", probs, v, precision=PRECISION[x.dtype.name])
   return dense("blnh,nhd->bld", p["out"], y)
+
+
+def light(function, dtype):
+  """`function`, which in float32 keeps only its arguments for the backward pass.
+
+  A CPU computes the rest again sooner than it finds memory for it; a TPU does not.
+  """
+  return jax.checkpoint(function) if dtype == jnp.float32 else function
 
 
 def mlp(p, x):
   """Two layers around the tanh form of GELU (arXiv 1606.08415), [B, L, D] -> [B, L, D]."""
-  y = jax.nn.gelu(dense("bld,dm->blm", p["Dense_0"], x), approximate=True)
-  return dense("blm,md->bld", p["Dense_1"], y)
+  gelu = light(functools.partial(jax.nn.gelu, approximate=True), x.dtype)
+  return dense("blm,md->bld", p["Dense_1"], gelu(dense("bld,dm->blm", p["Dense_0"], x)))
 
 
 def block(p, x, config):
@@ -287,9 +304,7 @@ def attention_map(params, images, config=Config()):
   p = params["Transformer"][f"encoderblock_{blocks - 1}"]
   y = layer_norm(p["LayerNorm_0"], x).astype(config.dtype)
   q, k, _ = queries_keys_values(p["MultiHeadDotProductAttention_0"], y)
-  scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=PRECISION[config.dtype],
-                      preferred_element_type=jnp.float32)
-  probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1])).mean(1)  # [B, L, L]
+  probs = attention_probs(q, k).mean(1)  # [B, L, L]
   weights = probs[:, 0, 1:] if config.pool == "cls" else probs.mean(1)
   return weights.reshape(len(images), images.shape[1] // P, -1)
 
