@@ -50,11 +50,7 @@ def seed_for(stream, seed, index):
 
 
 class DatasetError(ValueError):
-  """There is no such data set or split; the message says what there is, or how to get it."""
-
-
-class BadImage(Exception):
-  """A record that cannot be used; the message names it."""
+  """A data set, a split or a record that cannot be used; the message says what to do."""
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
     which rows stand in for a record that could not be used.
 
   Raises:
-    BadImage: a record cannot be used, and skip_bad_images is False, or no record of a batch can.
+    DatasetError: a record cannot be used, and skip_bad_images is False, or no record of a batch.
   """
   b = batch_size // process_count
   first = process_index * b
@@ -204,7 +200,7 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
     real are the bad ones, and what fills the last batch.
 
   Raises:
-    BadImage: a record cannot be used, and skip_bad_images is False.
+    DatasetError: a record cannot be used, and skip_bad_images is False.
   """
   b = batch_size // process_count
   rows = range(process_index * b, (process_index + 1) * b)
@@ -275,12 +271,12 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
           try:  # which one was it?
             example(index, record)
           except tf.errors.OpError as bad:
-            raise BadImage(f"bad record {record_name(record)}: {_reason(bad)} (--skip_bad_images "
-                           "leaves such records out)") from None
+            raise DatasetError(f"bad record {record_name(record)}: {_reason(bad)} "
+                               "(--skip_bad_images leaves such records out)") from None
       except tf.errors.OpError:  # it was the stream itself
         pass
-      raise BadImage(f"{_reason(error)}: look at the files of the data set, or prepare it again"
-                     ) from None
+      raise DatasetError(f"{_reason(error)}: look at the files of the data set, or prepare it "
+                         "again") from None
 
   return ds.element_spec, iterate()
 
@@ -670,5 +666,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("out", "batch.png", "Where the picture of a batch goes.")
   try:
     app.run(main)
-  except (DatasetError, BadImage) as error:
+  except DatasetError as error:
     sys.exit(f"Error: {error}")

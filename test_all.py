@@ -274,16 +274,16 @@ class ModelTest(parameterized.TestCase):
   @cases(("gap", "cudnn", "bfloat16", "cudnn"), ("cls", "cudnn", "bfloat16", "xla"),
                             ("gap", "cudnn", "float32", "xla"), ("gap", "xla", "bfloat16", "xla"))
   def test_wiring_of_cudnn_attention(self, pool, attention, dtype, expected):
-    """With XLA's in place of cuDNN's, which takes bfloat16 and an even number of tokens."""
+    """With a stand-in for cuDNN's, which takes bfloat16 and an even number of tokens."""
     config = TINY._replace(pool=pool, attention=attention, dtype=dtype)
     params, used, xla = random_params(config=config), [], jax.nn.dot_product_attention
     def stand_in(q, k, v, implementation):
       used.append((q.shape, k.shape, v.shape, q.dtype, implementation))
-      return xla(q, k, v)
+      return xla(q, k, v)  # softmax(q k^T / sqrt(H)) v
     with patch(jax.nn, "dot_product_attention", stand_in):
       close(model.forward(params, IMAGES, config), numpy_forward(params, IMAGES), atol=0.05)
     L = 5 if pool == "cls" else 4
-    self.assertEqual(used, [((3, L, 2, 16),) * 3 + (jnp.dtype(dtype), expected)])
+    self.assertEqual(used, [((3, L, 2, 16),) * 3 + (jnp.dtype(dtype), expected)] * (expected == "cudnn"))
 
   @cases("float32", "bfloat16")
   def test_float32_means_float32(self, dtype):
@@ -294,10 +294,10 @@ class ModelTest(parameterized.TestCase):
     self.assertNotIn("convolution", text)
     found = re.findall(r"dot_general .* = \[(\w+), .* : \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
     # Forward and two derivatives of q, k, v, out, Dense_0, Dense_1, q k^T, probs v, pre_logits, head (these two are
-    # always float32); patches, without a derivative of the images.
+    # always float32); patches, without a derivative of the images. In float32, q k^T is computed twice.
     exact = [row for row in found if row == ("HIGHEST", "f32", "f32")]
-    rounded = [row for row in found if row[0] == "DEFAULT" and "bf16" in row]
-    self.assertEqual((len(exact), len(rounded), len(found)), (32, 0, 32) if dtype == "float32" else (6, 26, 32))
+    rounded = [row for row in found if row[0] == "DEFAULT"]
+    self.assertEqual((len(exact), len(rounded), len(found)), (33, 0, 33) if dtype == "float32" else (6, 26, 32))
 
   @cases(
       ("variant", "XL/16", "one of.*mu"), ("variant", "S", "such as S/16"), ("variant", "S/0", "such as S/16"),
@@ -364,7 +364,7 @@ class MethodTest(parameterized.TestCase):
       pass
     with folder() as root, flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()), \
         patch(signal, "signal"), patch(input_pipeline, "open_dataset", lambda *_: NUMBERS), \
-        patch(train, "restore_checkpoint", lambda _, state, *__: state), \
+        patch(train, "restore_checkpoint", lambda _, state, *__: (state, None)), \
         patch(train, "make_optimizer", wraps=train.make_optimizer) as make_optimizer, \
         patch(train, "make_training", wraps=train.make_training) as make_training, \
         patch(model, "init_params", return_value={"kernel": np.zeros(1)}) as init_params, \
@@ -864,9 +864,6 @@ class InputTest(parameterized.TestCase):
     kwargs = dict(image_size=16, dtype="float32") | kwargs
     return input_pipeline.eval_batches(dataset or NUMBERS, split, batch_size, **kwargs)
 
-  def bad(self, message):
-    return self.assertRaisesRegex(input_pipeline.BadImage, message)
-
   def refused(self, message):
     return self.assertRaisesRegex(input_pipeline.DatasetError, message)
 
@@ -1075,7 +1072,7 @@ class InputTest(parameterized.TestCase):
       good = {f"train/c{i % 2}/{i}.jpg": picture(color=(40 * i, 0, 0)) for i in range(5)}
       data = input_pipeline.open_dataset(write_folder(root, good | {f"train/c0/{bad}": self.BAD[bad]}))
       for batches in (self.train_batches(3, data), self.eval_batches(4, data, "train")):
-        with self.bad(f"bad record .*/c0/{bad}: .*--skip_bad_images".replace("\udce9", r"\\xe9")):
+        with self.refused(f"bad record .*/c0/{bad}: .*--skip_bad_images".replace("\udce9", r"\\xe9")):
           take(batches, 4)
       for count in (1, 2):
         share = lambda i: dict(process_index=i, process_count=count, skip_bad_images=True)
@@ -1091,7 +1088,7 @@ class InputTest(parameterized.TestCase):
   def test_a_batch_without_a_good_row(self):
     with folder() as root:
       data = input_pipeline.open_dataset(write_folder(root, {f"train/c/{i}.jpg": b"" for i in range(4)}))
-      with self.bad("no record of a batch can be used"):
+      with self.refused("no record of a batch can be used"):
         next(self.train_batches(3, data, skip_bad_images=True))
       batch, = self.eval_batches(4, data, "train", skip_bad_images=True)
       self.assertEqual((batch["bad"].sum(), batch["mask"].sum()), (4, 0))
@@ -1101,7 +1098,7 @@ class InputTest(parameterized.TestCase):
       with self.assertRaisesRegex(tf.errors.InvalidArgumentError, rf"indices = {label} is not in \[0, 3\)"):
         input_pipeline.label_set(tf.constant(label, tf.int64), [0, 1, 2])
     with patch(input_pipeline, "label_positions", lambda *_: [0, 1]):  # 4 of 13 labels are 2
-      with self.bad(r"bad record .*numbers-validation.*#.*indices = 2 is not in \[0, 2\)"):
+      with self.refused(r"bad record .*numbers-validation.*#.*indices = 2 is not in \[0, 2\)"):
         list(self.eval_batches(16))
       batch, = self.eval_batches(16, skip_bad_images=True)
       self.assertEqual((batch["bad"].sum(), batch["mask"].sum()), (4, 9))
@@ -1119,7 +1116,7 @@ class InputTest(parameterized.TestCase):
       data[len(data) // 2] ^= 255
       path.write_bytes(data)
       for skip in (False, True):  # all that follows would move
-        with self.bad("corrupted record at [0-9]+: look at the files of the data set, or prepare it again"):
+        with self.refused("corrupted record at [0-9]+: look at the files of the data set, or prepare it again"):
           take(self.train_batches(10, builder, skip_bad_images=skip), 5)
 
   @cases(
@@ -1256,7 +1253,9 @@ class CheckpointTest(Case):
   def restore(self, state=None, allow_changes=False, **recipe):
     defaults = {"lr": 1, "mixup": 0.2, "data_order": 1}
     with printed() as out:
-      state = train.restore_checkpoint(self.workdir, state or self.state(), defaults | recipe, defaults, allow_changes)
+      state, path = train.restore_checkpoint(self.workdir, state or self.state(), defaults | recipe, defaults,
+                                             allow_changes)
+    self.assertEqual(path and int(path[-12:-4]), state["step"] or None)
     return state, out.getvalue()
 
   def test_round_trip(self):
@@ -1329,14 +1328,14 @@ class CheckpointTest(Case):
 
   @cases(
       ("|O", "(1,)}", b"cos\nmkdir\n(S'owned'\ntR."), ("<f4", "(99999999999, 9999)}", 0), ("<f4", "(2,)}", 9),
-      ("<f4", "(134217728,)}", 2 ** 29), ("<f4", "", 0), ("", "", 200))
+      ("<f4", "", 0), ("", "", 200))
   def test_hostile_files_cost_nothing(self, dtype, shape, data):
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}".encode().ljust(117) + b"\n"
     header = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     with zipfile.ZipFile(f"{self.root}/weights.npz", "w", zipfile.ZIP_DEFLATED) as archive:
       archive.writestr("params/head/kernel.npy", header * bool(dtype) + bytes(data))
     said = refused(f"--init={self.root}/weights.npz", "--eval_only")
-    self.assertRegex(said, f"{self.root}/weights.npz" + ".*claim to be" * (data == 2 ** 29))
+    self.assertIn(f"{self.root}/weights.npz", said)
     self.assertFalse(os.path.exists("owned"))
 
   POSITION = "pos_embedding", "Transformer/posembed_input/pos_embedding"
@@ -1400,7 +1399,7 @@ class CheckpointTest(Case):
         for flag in ("--head=linear", "--pool=cls", "--posemb=learned", "--variant=S/16")))
   def test_refused_weights(self, change, message, flag="--image_size=16"):
     path = weights_file(self.root, change=change)
-    for task in ("--eval_only", f"--predict={self.root}/x.png", f"--export_timm={self.root}/timm.npz"):
+    for task in ("--eval_only", f"--predict={self.root}/x.png"):
       said = refused(f"--init={path}", "--image_size=16", flag, task)
       self.assertRegex(said, message)
       self.assertIn("--init" if flag in said else path, said)
@@ -1409,35 +1408,6 @@ class CheckpointTest(Case):
     grid = np.array([0, 4, 8, 12], np.float32).reshape(1, 4, 1)  # corners stay corners, with the halves between
     close(model.resample_posemb(grid, 9)[0, :, 0], [0, 2, 4, 4, 6, 8, 8, 10, 12])
     close(model.resample_posemb(grid, 4), grid)
-
-  @cases("mlp", "linear")
-  def test_export_timm(self, head):
-    config, out = TINY._replace(head=head), f"{self.root}/timm.npz"
-    flag = f"--init={weights_file(self.root, config, {'head/kernel': np.zeros((32, 3))})}", f"--export_timm={out}"
-    self.assertRegex(run(*flag, "--image_size=16"), "head.* all zeros, that is, untrained")
-    weights_file(self.root, config)
-    self.assertEqual("MLP head" in run(*flag, "--image_size=16"), head == "mlp")
-    params, w = random_params(config=config), dict(np.load(out))
-    expected = {f"params/{name}": x.shape for name, x in model.flatten(params).items()}
-    self.assertEqual({name: x.shape for name, x in w.items()}, expected | {"params/pos_embedding": (1, 4, 32)})
-    same(w["params/pos_embedding"][0], model.sincos2d(2, 2, 32))
-    try:
-      import timm
-      import torch
-    except ImportError:
-      self.skipTest("timm and torch are not installed")
-    m = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=3, class_token=False,
-        global_pool="avg", fc_norm=False, act_layer="gelu_tanh")
-    m.load_pretrained(out)
-    if head == "mlp":  # as in the README
-      w = {name: torch.from_numpy(x) for name, x in w.items()}
-      m.head = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), m.head)
-      m.head[0].weight.data, m.head[0].bias.data = w["params/pre_logits/kernel"].T, w["params/pre_logits/bias"]
-    images = default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
-    with torch.no_grad():
-      logits = m.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    close(logits, model.forward(params, images, config), atol=1e-4)
 
 
 class RunTest(Case):
@@ -1460,14 +1430,14 @@ class RunTest(Case):
       RunTest.log = run(*self.flags(f"--workdir={self.shared}/run", "--epochs=24", "--lr=0.01", "--eval_every=50"))
     return self.log, last_path(f"{self.shared}/run")
 
-  def read_log(self, workdir, broken=""):
+  def read_log(self, workdir):
     with open(f"{workdir}/log.jsonl") as f:
-      lines = [json.loads(line) for line in f if line not in ("\n", broken)]
+      lines = [json.loads(line) for line in f]
     return [line for line in lines if "loss" in line], [line for line in lines if "loss" not in line]
-
 
   def test_the_log_of_a_run(self):
     (log, path), workdir = self.trained(), f"{self.shared}/run"
+    self.assertNotIn("could not be written", log)
     self.assertRegex(log, f"120 steps of 8, 40 images an epoch.*{workdir}\\b.*\nstep 1/120 .* compiled and done after ")
     self.assertRegex(log, r"step 120/120  epoch 24.00  loss \S+  lr \S+  grad \S+  \d+ images/s  waiting for data \d+%")
     self.assertRegex(log, f"{path}.*python train.py --init={path} --predict .*\n$")
@@ -1540,6 +1510,8 @@ class RunTest(Case):
       self.assertRegex(said, rf"^--predict={re.escape(mine + name)}: .*picture")
     with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 9):  # for Pillow, a bomb
       self.assertRegex(refused(*flag, f"--predict={red}"), f"^--predict={red}: .*picture")
+    init = f"--init={weights_file(root, change={'head/kernel': np.zeros((32, 3))})}"
+    self.assertRegex(run(init, "--image_size=16", f"--predict={red}", flag[1]), "head.* all zeros, that is, untrained")
 
   def test_a_phones_picture_is_turned(self):
     from PIL import Image
@@ -1620,7 +1592,7 @@ class RunTest(Case):
     again = run(*self.flags("--eval_every=7"))
     self.assertEqual(re.findall("Resuming after step (.*) from|Evaluation at step (.*):", again),
                      [("7", ""), ("", "7"), ("", "14"), ("", "20")])
-    steps = [[line["step"] for line in lines] for lines in self.read_log(self.workdir, broken='{"step": 8, "lo\n')]
+    steps = [[line["step"] for line in lines] for lines in self.read_log(self.workdir)]
     self.assertEqual(steps, [[*range(1, 21)], [7, 14, 20]])
 
   def test_what_cannot_be_written_does_not_end_a_run(self):
@@ -1641,7 +1613,6 @@ class RunTest(Case):
     run(*self.flags("--keep_every=8"))
     self.assertEqual(self.steps(), [8, 16, 20])
     init = f"--init={last_path(self.workdir)}"
-    self.assertIn("--export_timm=/dev/null/x cannot be written", refused(init, "--export_timm=/dev/null/x"))
     self.assertIn("--workdir=/dev/null cannot be", refused(init, "--predict=x.png", "--workdir=/dev/null"))
 
   BENCHMARK = "--benchmark", "--variant=mu/8", "--image_size=16", "--dtype=float32", "--head=linear", "--batch_size=32"
@@ -1849,7 +1820,7 @@ class ReadmeTest(absltest.TestCase):
           self.assertTrue(flags.FLAGS.predict or not stray, command)
           seen.update(name for name in flags.FLAGS if flags.FLAGS[name].present)
     self.assertLessEqual({"epochs", "batch_size", "posemb", "pool", "head", "randaug_layers", "mixup", "eval_only",
-                          "predict", "export_timm", "benchmark"}, seen)
+                          "predict", "benchmark"}, seen)
 
   def test_from_python(self):
     """The README's own lines, after a demo of fewer pictures."""

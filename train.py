@@ -22,7 +22,6 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
 
@@ -86,7 +85,6 @@ NOT_RECIPE = {flag.name for flag in (
     # What to do instead of training
     flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval."),
     flags.DEFINE_list("predict", [], "Classify pictures, or folders of them, with --init."),
-    flags.DEFINE_string("export_timm", None, "Write --init to this .npz for timm."),
     flags.DEFINE_bool("benchmark", False, "Measure the update step on random data."),
     flags.DEFINE_string("topology", None, "With --benchmark: compile for a TPU, as v3:2x2."))}
 
@@ -193,20 +191,17 @@ def evaluate(params, evals, eval_step, by_rows, prefix=""):
   """
   results = {}
   for name, (batches, about) in evals.items():
-    sums, metrics = collections.Counter(), {}
+    sums = collections.Counter()
     for batch in batches():
-      # The device works on this batch while the sums of the one before are read.
-      before, metrics = metrics, eval_step(params, put(batch, by_rows))
-      sums.update({key: value.item() for key, value in before.items()})
+      metrics = eval_step(params, put(batch, by_rows))
+      sums.update({key: value.item() for key, value in metrics.items()})
       if sums["stop"]:
         return results, int(sums["stop"])
-    sums.update({key: value.item() for key, value in metrics.items()})
     if not sums["count"]:
       raise UserError(f"--eval: no image of {name} can be used; look at what is in the data set")
-    mean = {key: sums[key] / sums["count"] for key in ("top1", "top5", "loss")}
     results[prefix + name] = about | {
-        "count": sums["count"], "top1": 100 * mean["top1"], "top5": 100 * mean["top5"],
-        "loss": mean["loss"], "bad": sums["bad"]}
+        "count": sums["count"], "bad": sums["bad"], "loss": sums["loss"] / sums["count"],
+        **{key: 100 * sums[key] / sums["count"] for key in ("top1", "top5")}}
   return results, 0
 
 
@@ -278,8 +273,7 @@ def main(argv):
   reading = dict(image_size=config.image_size, dtype=config.dtype,
                  process_index=jax.process_index(), process_count=jax.process_count(),
                  skip_bad_images=FLAGS.skip_bad_images)
-  instead = FLAGS.benchmark, FLAGS.topology, FLAGS.eval_only, FLAGS.predict, FLAGS.export_timm
-  if any(instead) or argv[1:]:
+  if FLAGS.benchmark or FLAGS.topology or FLAGS.eval_only or FLAGS.predict or argv[1:]:
     return instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading)
 
   # Data
@@ -309,7 +303,8 @@ def main(argv):
   defaults = {flag.name: flag.default for flag in recipe_flags}
   recipe = {flag.name: getattr(config, flag.name, flag.value) for flag in recipe_flags}
   recipe["data_order"] = input_pipeline.ORDER
-  state = restore_checkpoint(FLAGS.workdir, init(params), recipe, defaults, FLAGS.allow_changes)
+  state, path = restore_checkpoint(FLAGS.workdir, init(params), recipe, defaults,
+                                   FLAGS.allow_changes)
   step = int(state["step"])
   state = jax.make_array_from_process_local_data(replicated, state)
 
@@ -322,14 +317,15 @@ def main(argv):
     signal.signal(number, handle_signal)
   about = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
            "config": np.array(json.dumps(config._replace(attention="xla")._asdict()))}
-  background, saved = futures.ThreadPoolExecutor(1), None
+  background = futures.ThreadPoolExecutor(1)
+  saved = background.submit(lambda: path)
   periods = FLAGS.eval_every, FLAGS.checkpoint_every, FLAGS.keep_every or total_steps
   batches, stop = train_batches(start_step=step), 0  # stop: the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
       results, stop = evaluate(state["params"], evals, eval_step, by_rows)
       if not stop:  # else they are of a part only
-        run_log.evaluation(step, results, checkpoint_path(FLAGS.workdir, step))
+        run_log.evaluation(step, results)
       if stop or step >= total_steps:
         break
     batch = run_log.wait_for(batches)
@@ -338,17 +334,14 @@ def main(argv):
     due = step == total_steps or any(step % period == 0 for period in periods)
     stop = run_log.step(step, metrics, wait=due)  # raises before what is not finite is saved
     if due or stop:
-      if saved:
-        saved.result()  # until the checkpoint before is written
+      saved.result()  # until the checkpoint before is written
       copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
       saved = background.submit(save_checkpoint, FLAGS.workdir, copy | about, FLAGS.keep_every,
                                 last=bool(stop) or step == total_steps)
-  if saved:
-    saved.result()
+  path = saved.result()
   if stop:
     log(f"Stopped after step {step}; the same command goes on from there.")
     sys.exit(128 + stop)
-  path = checkpoint_path(FLAGS.workdir, step)
   log(f"Done: {path}. Next: python train.py --init={path} --predict PICTURE.jpg")
 
 
@@ -416,14 +409,16 @@ class RunLog:
   def __init__(self, workdir, total_steps=0, batch_size=0, num_examples=1, log_every=1):
     self.workdir, self.total_steps, self.log_every = workdir, total_steps, log_every
     self.batch_size, self.num_examples = batch_size, num_examples
-    self.bad, self.unread, self.speed = 0, None, {}
+    self.bad, self.unread, self.speed = 0, [], {}
     self.restart(None)
     if jax.process_index() == 0:
       make_workdir(workdir)
-      self.events = tf.summary.create_file_writer(workdir)
-      path = os.path.join(workdir, "log.jsonl")
-      with log_write_errors(path), tf.io.gfile.GFile(path, "a+") as f:
-        f.write("\n" * (f.read()[-1:] not in ("", "\n")))  # what broke off may be half a line
+      self.events, self.path = tf.summary.create_file_writer(workdir), f"{workdir}/log.jsonl"
+      with log_write_errors(self.path):
+        text = tf.io.gfile.GFile(self.path).read() if tf.io.gfile.exists(self.path) else ""
+        if text[-1:] not in ("", "\n"):  # half a line, of a full disk or a power cut
+          with tf.io.gfile.GFile(self.path, "w") as f:
+            f.write(text[:text.rfind("\n") + 1])
 
   def restart(self, step):
     """Measures speed from this step on; None: from the first step on, which is compiled first."""
@@ -442,10 +437,10 @@ class RunLog:
     Reads these, too, if `wait`, or if it is time to stop. Returns the number of a signal that some
     process received, or 0. UserError: loss, gradients or new parameters are not finite.
     """
-    before, self.unread = self.unread, (step, metrics)
-    stop = self._read(*before) if before else 0
-    if wait or stop:
-      stop, self.unread = self._read(step, metrics) or stop, None
+    self.unread.append((step, metrics))
+    stop = 0
+    while len(self.unread) > 1 or self.unread and (wait or stop):
+      stop = self._read(*self.unread.pop(0)) or stop
     return stop
 
   def _read(self, step, metrics):
@@ -453,32 +448,35 @@ class RunLog:
     if not all(map(math.isfinite, metrics.values())):
       raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint in {self.workdir}"
                       " is from before; try a lower --lr or a longer --warmup_steps")
-    stop, self.bad = metrics.pop("stop"), self.bad + metrics.pop("bad")
-    if self.since is not None and step % self.log_every and step < self.total_steps:
+    stop, self.bad, first = metrics.pop("stop"), self.bad + metrics.pop("bad"), self.since is None
+    if not first and step % self.log_every and step < self.total_steps:
       return stop
-    took, first = time.perf_counter() - self.started, self.since is None
+    took = time.perf_counter() - self.started
     # The last interval may be too short to tell a speed.
     if not first and (not self.speed or step - self.since >= self.log_every):
-      speed = (step - self.since) * self.batch_size / took
-      self.speed = {"images_per_second": speed, "data_wait": self.waited / took}
-    line = metrics | self.speed | {"epoch": step * self.batch_size / self.num_examples,
-                                   "bad_images": self.bad}
-    text = (f"step {step}/{self.total_steps}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
-            f"lr {line['learning_rate']:.2e}  grad {line['grad_norm']:.3f}  ")
+      self.speed = {"images_per_second": (step - self.since) * self.batch_size / took,
+                    "data_wait": self.waited / took}
+    line = {"step": step, "epoch": step * self.batch_size / self.num_examples,
+            "bad_images": self.bad} | metrics | self.speed
+    text = ("step {step}/{total}  epoch {epoch:.2f}  loss {loss:.4f}  lr {learning_rate:.2e}  "
+            "grad {grad_norm:.3f}  ").format(total=self.total_steps, **line)
     if first:
       text += f"compiled and done after {took:.1f} s"
     else:
       left = (self.total_steps - step) * self.batch_size / line["images_per_second"]
-      text += (f"{line['images_per_second']:.0f} images/s  waiting for data "
-               f"{line['data_wait']:.0%}  {datetime.timedelta(seconds=round(left))} left")
+      text += ("{images_per_second:.0f} images/s  waiting for data {data_wait:.0%}  {left} left"
+               .format(left=datetime.timedelta(seconds=round(left)), **line))
     log(text + f"  {self.bad} bad images left out" * bool(self.bad))
-    self.write({"step": step} | line)
+    self.write(line)
     self.restart(step)
     return stop
 
-  def evaluation(self, step, results, weights):
-    """Logs the results of `evaluate`, and writes them to eval.json. weights: the file of them."""
-    log(f"Evaluation at step {step}:" if step is not None else f"Evaluation of {weights}:")
+  def evaluation(self, step, results, weights=None):
+    """Logs the results of `evaluate`, and writes them to eval.json.
+
+    weights: the file that was evaluated; None: the step's checkpoint.
+    """
+    log(f"Evaluation of {weights}:" if weights else f"Evaluation at step {step}:")
     for name, result in results.items():
       bad = f"  ({result['bad']} bad images left out)" * bool(result["bad"])
       log("  {:10} top-1 {top1:6.2f} %   top-5 {top5:6.2f} %   loss {loss:.4f}   {count:,} images{}"
@@ -486,18 +484,17 @@ class RunLog:
     self.write({"step": step} | {f"{name}/{key}": result[key] for name, result in results.items()
                                  for key in ("count", "top1", "top5", "loss")})
     self.restart(None if self.since is None else step)  # nothing is compiled yet after resuming
-    path = os.path.join(self.workdir, "eval.json")
     if jax.process_index() == 0:
+      path = f"{self.workdir}/eval.json"
+      about = {"step": step, "weights": weights or checkpoint_path(self.workdir, step)}
       with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
-        about = {"step": step, "weights": weights}
         f.write(json.dumps({name: result | about for name, result in results.items()}, indent=2))
 
   def write(self, line):
     """Appends {name: number} to log.jsonl and to TensorBoard's events."""
-    path = os.path.join(self.workdir, "log.jsonl")
     if jax.process_index() == 0:
-      with log_write_errors(path), self.events.as_default(line["step"] or 0):
-        with tf.io.gfile.GFile(path, "a") as f:
+      with log_write_errors(self.path), self.events.as_default(line["step"] or 0):
+        with tf.io.gfile.GFile(self.path, "a") as f:
           f.write(json.dumps(line) + "\n")
         for name in line.keys() - {"step"}:
           tf.summary.scalar(name, line[name])
@@ -583,6 +580,7 @@ def save_checkpoint(workdir, state, keep_every=0, last=False):
   """Writes a checkpoint, then deletes all but it, the last two and the multiples of `keep_every`.
 
   state: nested dict of arrays. That it cannot be written is an error only if it is the last one.
+  Returns its path.
   """
   written = checkpoint_path(workdir, int(state["step"]))
   try:
@@ -596,10 +594,13 @@ def save_checkpoint(workdir, state, keep_every=0, last=False):
     if last:
       raise UserError(message) from None
     log(f"{message}, and the run goes on.")
+  return written
 
 
 def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
-  """The newest state in a workdir, or `state` if there is none; damaged files are named, skipped.
+  """The newest state in a workdir, and its path; `state` and None if there is none.
+
+  Damaged files are named and skipped.
 
   Args:
     workdir: any path that tf.io.gfile handles; all processes must see the same one.
@@ -635,19 +636,20 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
     flat = {name: arrays[name] for name in flat}
     break
   else:
+    path = None
     if found:
       raise UserError(f"No checkpoint in {workdir} can be read; remove them to start again.")
   if np.ptp(multihost_utils.process_allgather(np.int32(flat["step"]))):
     raise UserError("the processes do not see the same checkpoints: all must share --workdir="
                     + workdir)
-  return jax.tree.unflatten(jax.tree.structure(state), flat.values())
+  return jax.tree.unflatten(jax.tree.structure(state), flat.values()), path
 
 
 # --- Instead of training --------------------------------------------------------------------------
 
 
 def instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading):
-  """What --benchmark, --eval_only, --predict and --export_timm ask for; arguments as in `main`."""
+  """What --benchmark, --eval_only and --predict ask for; arguments as in `main`."""
   if argv[1:] and not FLAGS.predict:
     raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
   if FLAGS.benchmark and FLAGS.topology:
@@ -657,13 +659,11 @@ def instead_of_training(argv, weights, info, config, replicated, by_rows, settin
   if FLAGS.topology:
     raise UserError(f"--topology={FLAGS.topology} goes with --benchmark")
   if not config.num_classes or not weights:
-    raise UserError("--eval_only, --predict and --export_timm need --init=FILE.npz with a head"
+    raise UserError("--eval_only and --predict need --init=FILE.npz with a head"
                     + f"; {FLAGS.init} has none and can only be trained from" * bool(weights))
   weights = model.fit(weights, info.config, config)
   if not np.any(weights["head"]["kernel"]):
     log(f"The head of --init={FLAGS.init} is all zeros, that is, untrained.")
-  if FLAGS.export_timm and jax.process_index() == 0:
-    export_timm(model.flatten(weights), config, FLAGS.export_timm)
   if FLAGS.predict and jax.process_index() == 0:
     predict(weights, config, info.label_names, FLAGS.predict + argv[1:], FLAGS.workdir)
   if FLAGS.eval_only:
@@ -675,19 +675,6 @@ def instead_of_training(argv, weights, info, config, replicated, by_rows, settin
     params = jax.make_array_from_process_local_data(replicated, weights)
     results, _ = evaluate(params, evals, make_eval_step(config, replicated, by_rows), by_rows)
     run_log.evaluation(info.step, results, FLAGS.init)
-
-
-def export_timm(params, config, path):
-  """Writes parameters {name: array} as timm's VisionTransformer.load_pretrained reads them."""
-  if config.posemb == "sincos2d":  # timm knows learned ones only
-    P, D, *_ = config.sizes
-    params = params | {"pos_embedding": model.sincos2d(*[config.image_size // P] * 2, D)[None]}
-  try:
-    write_npz(path, {f"params/{name}": array for name, array in params.items()})
-  except (OSError, tf.errors.OpError) as error:
-    raise UserError(f"--export_timm={path} cannot be written: {error}") from None
-  log(f"Wrote {path}." + " Of its MLP head timm reads the last layer only: README.md shows how to "
-      "copy both." * (config.head == "mlp"))
 
 
 def predict(params, config, label_names, paths, workdir):
@@ -800,15 +787,6 @@ def benchmark_topology(topology, config, batch_size, settings):
 
 def benchmark(config, batch_size, replicated, by_rows, settings, rounds=5):
   """Prints the speed of the step on random data, beside that of a large matrix product."""
-
-  def seconds(function, repeats):  # of one call, when calls follow each other as steps do
-    jax.block_until_ready(function())
-    started = time.perf_counter()
-    for _ in range(repeats):
-      out = function()
-    jax.block_until_ready(out)
-    return (time.perf_counter() - started) / repeats
-
   log("Compiling the step ...")
   started = time.perf_counter()
   init, step, shapes, size = compile_step(config, batch_size, replicated, by_rows, settings)
@@ -824,16 +802,21 @@ def benchmark(config, batch_size, replicated, by_rows, settings, rounds=5):
   jax.block_until_ready(metrics)
   log(f"Compiled in {compiled - started:.1f} s, first step {time.perf_counter() - ready:.1f} s.")
 
-  def next_step():
-    nonlocal state
-    state, metrics = step(state, batch)
-    return metrics
-
-  multiply, x = jax.jit(jnp.matmul), replicate(np.ones((4096, 4096), config.dtype))
-  repeats = 2 if jax.default_backend() == "cpu" else 20
-  times = [(seconds(lambda: multiply(x, x), 2 * repeats), seconds(next_step, repeats))
-           for _ in range(rounds)]
-  product, took = map(statistics.median, zip(*times))
+  x = replicate(np.ones((4096, 4096), config.dtype))
+  multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+  repeats, times = 2 if jax.default_backend() == "cpu" else 20, []
+  for _ in range(rounds):  # in turn, as other work on this machine slows both
+    for count in (1, repeats):  # the first is to warm up
+      started = time.perf_counter()
+      for _ in range(count):
+        state, metrics = step(state, batch)
+      jax.block_until_ready(metrics)
+    middle = time.perf_counter()
+    for _ in range(repeats):
+      y = multiply(x, x)
+    jax.block_until_ready(y)
+    times.append((middle - started, time.perf_counter() - middle))
+  took, product = np.median(times, 0) / repeats
   rate, best = (flops / 1e9 for flops in (3 * batch_size * model.flops(config) / took,
                                           2 * 4096 ** 3 * jax.device_count() / product))
   log(f"{config.variant} at {config.image_size}, {config.dtype}, batch {batch_size} on "
@@ -853,8 +836,7 @@ def run(argv):
     jax.config.update("jax_platforms", "cpu")
   try:
     return main(argv)
-  except (UserError, model.WeightsError, input_pipeline.DatasetError,
-          input_pipeline.BadImage) as error:
+  except (UserError, model.WeightsError, input_pipeline.DatasetError) as error:
     message = f"Error: {error}"
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
