@@ -460,8 +460,6 @@ def open_dataset(name, data_dir=None, prepare=False, manual_dir=None):
           download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except AssertionError as error:  # the archives are not there
       raise DatasetError(f"--manual_dir={manual_dir}: {' '.join(str(error).split())}") from None
-    except FileExistsError:  # another process prepared it first
-      return open_dataset(name, data_dir)
   if not builder.info.splits:
     root = builder.data_path.parents[builder.info.full_name.count("/")]
     archives = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())

@@ -69,7 +69,7 @@ def random_params(seed=0, config=TINY):
   return model.unflatten({name: np.float32(rng.normal(0, 0.3, shape)) for name, shape in shapes_of(config).items()})
 
 
-# --- model.py ---------------------------------------------------------------------------------------------------------
+# --- model.py ---
 
 
 def numpy_forward(p, images, attention_probs=None):
@@ -168,11 +168,7 @@ class ModelTest(parameterized.TestCase):
       ("M", 512, 12, 2048, 8), ("B", 768, 12, 3072, 12), ("L", 1024, 24, 4096, 16), ("H", 1280, 32, 5120, 16))
   def test_variants(self, name, D, blocks, M, N):
     config = model.Config(f"{name}/32")
-    shapes, last = shapes_of(config), f"Transformer/encoderblock_{blocks - 1}"
-    self.assertEqual((config.sizes, len(shapes)), ((32, D, blocks, M, N), 8 + 16 * blocks))
-    self.assertEqual(shapes["embedding/kernel"], (32, 32, 3, D))
-    self.assertEqual(shapes[f"{last}/MlpBlock_0/Dense_0/kernel"], (D, M))
-    self.assertEqual(shapes[f"{last}/MultiHeadDotProductAttention_0/query/kernel"], (D, N, D // N))
+    self.assertEqual((config.sizes, len(shapes_of(config))), ((32, D, blocks, M, N), 8 + 16 * blocks))
 
   def test_an_array_depends_on_seed_and_name_only(self):
     one, other, again = (model.init_params(seed, model.Config("mu/16", *more)) for seed, *more in (
@@ -184,12 +180,6 @@ class ModelTest(parameterized.TestCase):
     attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0"
     self.assertGreater(abs(one[f"{attention}/query/kernel"] - one[f"{attention}/key/kernel"]).max(), 0.1)
     self.assertGreater(abs(one["embedding/kernel"] - again["embedding/kernel"]).max(), 0.01)
-
-  def test_sincos2d_by_hand(self):
-    table = model.sincos2d(2, 3, 8)  # omega = 1, 1e-4
-    close(table[0], [0, 0, 1, 1, 0, 0, 1, 1], atol=1e-7)
-    expected = [f(x * omega) for x in (2, 1) for f in (math.sin, math.cos) for omega in (1, 1e-4)]
-    close(table[5], expected, atol=1e-7)  # row 1, column 2
 
   @parameterized.product(posemb=["sincos2d", "learned"], pool=["gap", "cls"], head=["mlp", "linear"])
   def test_forward_is_the_reports(self, **kwargs):
@@ -205,12 +195,6 @@ class ModelTest(parameterized.TestCase):
     self.assertEqual(rounded.dtype, jnp.float32)
     close(rounded, logits, atol=0.05)
     self.assertGreater(abs(rounded - logits).max(), 1e-6)
-
-  def test_every_block_counts(self):
-    with mock.patch.dict(model.VARIANTS, deep=(8, 12, 16, 2)):  # sorted names would put block 10 before block 2
-      config = TINY._replace(variant="deep/8")
-      params = random_params(config=config)
-      close(model.forward(params, IMAGES, config), numpy_forward(params, IMAGES), rtol=1e-3, atol=1e-3)
 
   @parameterized.product(dtype=[jnp.float32, jnp.bfloat16], specs=[
       ("bld,dnh->blnh", "blnh,dnh->bld", "bld,blnh->dnh"), ("blnh,nhd->bld", "bld,nhd->blnh", "blnh,bld->nhd")])
@@ -242,14 +226,6 @@ class ModelTest(parameterized.TestCase):
     expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-6) * scale + bias
     close(model.layer_norm({"scale": scale, "bias": bias}, jnp.float32(x64)), expected, rtol=1e-5, atol=1e-5)
 
-  def test_mlp_and_its_gradient(self):
-    x = np.array([-30, -5, -1, -1e-3, 0, 0.5, 3, 30])
-    unit = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
-    y, pull = jax.vjp(functools.partial(model.mlp, {"Dense_0": unit, "Dense_1": unit}), jnp.float32(x)[None, None])
-    close(y[0, 0], tanh_gelu(x), rtol=1e-5, atol=1e-6)
-    slopes = (tanh_gelu(x + 1e-5) - tanh_gelu(x - 1e-5)) / 2e-5
-    close(pull(jnp.ones((1, 1, 8)))[0][0, 0], slopes, rtol=1e-5, atol=1e-5)
-
   def test_gradients_by_differences(self):
     params, images = random_params(), IMAGES[:2]
     loss = lambda p, **kwargs: model.forward(p, images, TINY, **kwargs)[:, 0].sum()
@@ -271,19 +247,15 @@ class ModelTest(parameterized.TestCase):
       expected = 2 * (4 * 192 * 32 + L * 4 * 32 * 32 + L * 2 * 32 * 128 + 2 * L * L * 32 + 32 * 32 + 32 * 3)
       self.assertEqual(model.flops(TINY._replace(pool=pool)), expected)
 
-  @cases(("gap", "cudnn", "bfloat16", "cudnn"), ("cls", "cudnn", "bfloat16", "xla"),
-                            ("gap", "cudnn", "float32", "xla"), ("gap", "xla", "bfloat16", "xla"))
+  @cases(("gap", "cudnn", "bfloat16", 1), ("cls", "cudnn", "bfloat16", 0), ("gap", "cudnn", "float32", 0),
+         ("gap", "xla", "bfloat16", 0))
   def test_wiring_of_cudnn_attention(self, pool, attention, dtype, expected):
     """With a stand-in for cuDNN's, which takes bfloat16 and an even number of tokens."""
     config = TINY._replace(pool=pool, attention=attention, dtype=dtype)
-    params, used, xla = random_params(config=config), [], jax.nn.dot_product_attention
-    def stand_in(q, k, v, implementation):
-      used.append((q.shape, k.shape, v.shape, q.dtype, implementation))
-      return xla(q, k, v)  # softmax(q k^T / sqrt(H)) v
-    with patch(jax.nn, "dot_product_attention", stand_in):
+    params, xla = random_params(config=config), jax.nn.dot_product_attention
+    with patch(jax.nn, "dot_product_attention", side_effect=lambda q, k, v, implementation: xla(q, k, v)) as used:
       close(model.forward(params, IMAGES, config), numpy_forward(params, IMAGES), atol=0.05)
-    L = 5 if pool == "cls" else 4
-    self.assertEqual(used, [((3, L, 2, 16),) * 3 + (jnp.dtype(dtype), expected)] * (expected == "cudnn"))
+    self.assertEqual([call.kwargs for call in used.call_args_list], [{"implementation": "cudnn"}] * expected)
 
   @cases("float32", "bfloat16")
   def test_float32_means_float32(self, dtype):
@@ -301,15 +273,14 @@ class ModelTest(parameterized.TestCase):
 
   @cases(
       ("variant", "XL/16", "one of.*mu"), ("variant", "S", "such as S/16"), ("variant", "S/0", "such as S/16"),
-      ("image_size", 225, "multiple of the patch size, 16"), ("image_size", 8, "mult"), ("pool", "max", "gap or cls"),
-      ("posemb", "no", "sincos2d or learned"), ("head", "two", "mlp or linear"), ("dtype", "half", "bfloat16 or float"))
+      ("image_size", 225, "multiple of the patch size, 16"), ("image_size", 8, "mult"), ("pool", "max", "gap or cls"))
   def test_errors(self, field, value, message):
     self.assertTrue(issubclass(model.WeightsError, ValueError))
     with self.assertRaisesRegex(model.WeightsError, f"--{field}={value}: .*{message}"):
       model.parameter_table(model.Config(**{field: value}))
 
 
-# --- The method: schedule, optimiser, step, evaluation ----------------------------------------------------------------
+# --- The method: schedule, optimiser, step, evaluation ---
 
 
 def tiny_batch(size=16, seed=0, config=TINY):
@@ -461,11 +432,6 @@ class MethodTest(parameterized.TestCase):
       for name, x in model.flatten(state["params"]).items():
         close(x, flat[name], atol=5e-4, err_msg=name)
 
-  def test_overfits_one_batch(self):
-    batch = tiny_batch() | {"labels": np.eye(3, dtype=np.float32)[np.arange(16) % 3]}
-    history, _ = train_steps([batch] * 150, warmup_steps=10, lr=3e-3)
-    self.assertLess(history["loss"][-1], 0.02)
-
   def test_what_processes_tell_each_other(self):
     with patch(train, "received_signal", 15):
       self.assertEqual(train.put(tiny_batch(), shardings()[1])["stop"].tolist(), [15] * 16)
@@ -573,7 +539,7 @@ class MethodTest(parameterized.TestCase):
         assert not jax._src.xla_bridge.backends_are_initialized()"""], cwd=HERE, check=True)
 
 
-# --- augment.py -------------------------------------------------------------------------------------------------------
+# --- augment.py ---
 
 
 def numpy_op(name, image, magnitude, sign=1, center=(0, 0)):
@@ -662,22 +628,6 @@ class AugmentTest(parameterized.TestCase):
       image = tf.constant(np.tile(np.array(pixels, np.uint8)[None, :, None], (3, 1, 3)))
       same(getattr(augment, op)(image, *args)[1, :, 0], expected, op)
 
-  def test_color_by_hand(self):
-    image = tf.constant([[[255, 0, 0], [10, 20, 30]]], tf.uint8)  # grey 76 (76.37), 18 (18.19)
-    # 76 + 1.9 (255 - 76) = 416, 76 - 144.4 < 0; 18 + 1.9 (10 - 18) = 2.8, 21.8, 40.8
-    same(augment.color(image, 1.9), [[[255, 0, 0], [2, 21, 40]]])
-    same(augment.color(image, 0.0), [[[76, 76, 76], [18, 18, 18]]])
-
-  def test_sharpness_by_hand(self):
-    image = np.full((3, 4, 3), 100, np.uint8)
-    image[1, 1] = 113
-    # Smoothed: (8 * 100 + 5 * 113) / 13 = 105 at the point, (12 * 100 + 113) / 13 = 101 beside it.
-    # 105 + 1.9 * 8 = 120.2, 101 - 1.9 = 99.1; the border keeps what it is.
-    expected = np.full((3, 4), 100)
-    expected[1, 1:3] = [120, 99]
-    same(augment.sharpness(tf.constant(image), 1.9)[..., 0], expected)
-    same(augment.sharpness(tf.constant(image), 0.0)[1, :, 0], [100, 105, 101, 100])
-
   def test_equalize_by_hand(self):
     # 510 pixels: 255 of 10, 255 of 20. step = (510 - 255) // 255 = 1; table: to 10 0, to 20 255, then 510 -> 255.
     image = np.repeat(np.array([10, 20], np.uint8), 255 * 3).reshape(2, 255, 3)
@@ -691,12 +641,6 @@ class AugmentTest(parameterized.TestCase):
     same(sheared, [[1, 128, 128], [4, 2, 128], [7, 5, 3]])
     # out(x, y) = in(-y, x) about the centre: out's top row is in's right column... read from the left column upwards.
     same(augment.rotate(tf.constant(square), 90.0)[..., 0], [[3, 6, 9], [2, 5, 8], [1, 4, 7]])
-
-  def test_cutout_by_hand(self):
-    out = augment.cutout(tf.zeros([5, 6, 3], tf.uint8), 1, tf.constant([0, 3]))[..., 0]
-    expected = np.zeros((5, 6))
-    expected[0, 2:4] = 128
-    same(out, expected)
 
   @parameterized.product(op=[op.__name__ for op in augment.OPS], magnitude=[0, 5, 10])
   def test_against_definitions(self, op, magnitude):
@@ -751,8 +695,6 @@ class AugmentTest(parameterized.TestCase):
   def test_rand_augment_applies_layers_to_the_given_magnitude(self):
     image = tf.constant(default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))
     same(augment.rand_augment(image, (1, 2)), augment.rand_augment(image, (1, 2)))
-    different = {augment.rand_augment(image, (0, i), 2).numpy().tobytes() for i in range(40)}
-    self.assertGreater(len(different), 30)
     # Two layers are one layer on what the other left.
     draws = tf.random.stateless_uniform([2, 4], (5, 6), alg="philox")
     layer = augment._compiled_layers(1, 10)
@@ -761,13 +703,11 @@ class AugmentTest(parameterized.TestCase):
     same(augment.rand_augment(tf.cast(image, tf.float32) + 0.9, (5, 6), 0), image)  # truncated
 
   def test_mixup(self):
-    images = tf.constant(default_rng(0).uniform(-1, 1, (4, 2, 2, 3)), tf.float32)
-    labels = tf.eye(4)
-    mixed, mixed_labels = (x.numpy() for x in augment.mixup(images, labels, (3, 4), 0.2))
-    a = mixed_labels[0, 0]
-    self.assertBetween(a, 0.5, 1)
-    close(mixed_labels, a * np.eye(4) + (1 - a) * np.roll(np.eye(4), 1, 0), atol=1e-6)
-    close(mixed, a * images.numpy() + (1 - a) * np.roll(images, 1, 0), atol=1e-6)
+    images = default_rng(0).uniform(-1, 1, (4, 2, 2, 3)).astype(np.float32)
+    mixed, labels = augment.mixup(images, tf.eye(4), (3, 4), 0.2)
+    a = labels[0, 0].numpy()
+    for got, x in ((labels, np.eye(4)), (mixed, images)):
+      close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
 
   def test_mixup_proportions_at_small_p(self):
     proportion = lambda i: augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), 0.2)[1][0]
@@ -782,18 +722,8 @@ class AugmentTest(parameterized.TestCase):
     mixed = [augment.mixup(tf.zeros([2, 1]), tf.eye(2), (7, i), 1e-4)[1] for i in range(20)]
     self.assertGreater(min(float(labels[0, 0]) for labels in mixed), 0.99)
 
-  def test_contact_sheet(self):
-    with folder() as root:
-      path = os.path.join(root, "sheet.png")
-      augment.draw_grid(path, [np.full((20, 100, 3), 9, np.uint8)] * 3, ["one", "two", "three " * 10], columns=2)
-      sheet = tf.io.decode_png(tf.io.read_file(path)).numpy()
-    self.assertEqual(sheet.shape, (2 * 70, 2 * 204, 3))  # twice as large, under captions of up to two lines
-    same(sheet[26:66, 0:200], 9)
-    for top in (0, 82):  # captions; the second line of the third
-      self.assertGreater((sheet[top:top + 12] < 128).sum(), 20)
 
-
-# --- input_pipeline.py ------------------------------------------------------------------------------------------------
+# --- input_pipeline.py ---
 
 
 class Numbers(tfds.core.GeneratorBasedBuilder):
@@ -884,7 +814,7 @@ class InputTest(parameterized.TestCase):
 
   @cases(
       ("train", 1_281_167, 110_000, 4096), ("train[:99%]", 1000, 2 ** 17, 4096), ("train", 1000, 2 ** 17 + 1, 4095),
-      ("train", 10, 3_000_000, 178), ("train", 3, 2 ** 30, 1), ("train", 10, 0, 4096),
+      ("train", 3, 2 ** 30, 1), ("train", 10, 0, 4096),
       ("train+test", 3, 2_000_000, 429))  # with as many of 500,000 bytes
   def test_window_size(self, split, count, size, expected):
     part = lambda size: types.SimpleNamespace(num_examples=count, num_bytes=count * size)
@@ -1034,10 +964,6 @@ class InputTest(parameterized.TestCase):
         file = os.path.relpath(os.fsdecode(record["path"].numpy()), f"{root}/train")
         close((batch["images"][0, 8, 8] + 1) * 127.5, colors[file][2], atol=3, err_msg=file)
         same(batch["labels"], [[file.split("/")[0] == name for name in classes]])
-      epochs = [ids(input_pipeline.shuffled_records(data, "train", 0).skip(8 * e).take(8)) for e in range(6)]
-      self.assertEqual({len(set(epoch)) for epoch in epochs}, {8})
-      self.assertGreater(len(set(map(tuple, epochs))), 1)
-      self.assertEqual(next(self.train_batches(4, data))["images"].shape, (4, 32, 32, 3))
 
   def test_folders_have_the_order_of_image_folder_and_a_split_opens_its_own_files(self):
     with folder() as root:
@@ -1094,9 +1020,6 @@ class InputTest(parameterized.TestCase):
       self.assertEqual((batch["bad"].sum(), batch["mask"].sum()), (4, 0))
 
   def test_a_label_out_of_range_is_a_bad_record(self):
-    for label in (3, -1):
-      with self.assertRaisesRegex(tf.errors.InvalidArgumentError, rf"indices = {label} is not in \[0, 3\)"):
-        input_pipeline.label_set(tf.constant(label, tf.int64), [0, 1, 2])
     with patch(input_pipeline, "label_positions", lambda *_: [0, 1]):  # 4 of 13 labels are 2
       with self.refused(r"bad record .*numbers-validation.*#.*indices = 2 is not in \[0, 2\)"):
         list(self.eval_batches(16))
@@ -1138,17 +1061,13 @@ class InputTest(parameterized.TestCase):
       for name, message in (
           ("imagenet2012", "not prepared in .*--manual_dir.*--dataset=patterns.*ILSVRC2012_img_train.tar"),
           ("imagenette3", "no such data set.*patterns"), ("./nowhere", "no such folder"), ("", "no such data set"),
-          ("a b", "no such data set"), ("cifar10:9.9.9", "no such data set.*9.9.9.*version"),
+          ("cifar10:9.9.9", "no such data set.*9.9.9.*version"),
           ("two", "did you mean --dataset=./two"), ("glue/cola", "not prepared in .*--dataset=glue/cola"),
           ("./two/train/a/", "no images found"), ("./flat", "no images found.*1 in train, but in no CLASS")):
         with self.refused(message):
           input_pipeline.open_dataset(name, root)
       with self.refused("--manual_dir=/nowhere: Manual directory.*ILSVRC2012_img_train.tar"):
         input_pipeline.open_dataset("imagenet2012", root, prepare=True, manual_dir="/nowhere")
-      with patch(input_pipeline.Patterns, "download_and_prepare", side_effect=[FileExistsError, None]) as prepare:
-        with self.refused("not prepared"):  # another process was faster, but the mock prepared nothing
-          input_pipeline.open_dataset("patterns", root)
-      self.assertEqual(prepare.call_count, 2)
     with self.refused("no classes in a feature 'name'; it has image, label, many"):
       input_pipeline.class_names(NUMBERS, "name")
     self.assertEqual(input_pipeline.class_names(NUMBERS, "many"), ("zero", "one", "two"))
@@ -1157,20 +1076,8 @@ class InputTest(parameterized.TestCase):
     with patch(type(NUMBERS.info), "disable_shuffling", True):
       self.assertRegex(input_pipeline.notes(NUMBERS)[0], "numbers is stored in the order in which .*prepare it again")
 
-  def test_patterns(self):
-    """Ten classes of many shapes; no class but the noise is ever without its two colours."""
-    rng, shapes = default_rng(0), set()
-    for name, pattern in input_pipeline.PATTERNS.items():
-      for _ in range(20):
-        image = input_pipeline._draw_pattern(rng, pattern)
-        shapes.add(image.shape)
-        self.assertEqual(image.dtype, np.uint8)
-        self.assertGreater(image.std((0, 1)).max(), 20, name)
-    self.assertGreater(len(shapes), 50)
-    self.assertLen(input_pipeline.PATTERNS, 10)
 
-
-# --- train.py: checkpoints, weights, runs -----------------------------------------------------------------------------
+# --- train.py: checkpoints, weights, runs ---
 
 COLORS = ("red", "green", "blue")
 
@@ -1326,18 +1233,6 @@ class CheckpointTest(Case):
     message = "does not fit the model: params/head/bias missing, or of another shape"
     self.assertRaisesRegex(train.UserError, message, self.restore, state, seed=5)
 
-  @cases(
-      ("|O", "(1,)}", b"cos\nmkdir\n(S'owned'\ntR."), ("<f4", "(99999999999, 9999)}", 0), ("<f4", "(2,)}", 9),
-      ("<f4", "", 0), ("", "", 200))
-  def test_hostile_files_cost_nothing(self, dtype, shape, data):
-    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}".encode().ljust(117) + b"\n"
-    header = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    with zipfile.ZipFile(f"{self.root}/weights.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-      archive.writestr("params/head/kernel.npy", header * bool(dtype) + bytes(data))
-    said = refused(f"--init={self.root}/weights.npz", "--eval_only")
-    self.assertIn(f"{self.root}/weights.npz", said)
-    self.assertFalse(os.path.exists("owned"))
-
   POSITION = "pos_embedding", "Transformer/posembed_input/pos_embedding"
   NAMES = {"today": [], "stacked": [], "bare posemb": [("pos_embedding", "Transformer/pos_embedding")],
            "2020": [POSITION], "augreg": [("DotProductAttention_0", "DotProductAttention_1"),
@@ -1492,9 +1387,8 @@ class RunTest(Case):
       self.assertRegex(run(*flag, f"--predict={red},{blue}"), f"{red}: red .*%.*\n{blue}: blue .*%")
     out, drawn, captions = map(np.asarray, draw_grid.call_args.args[:3])
     self.assertTrue(os.path.exists(str(out)))
-    for plain, dimmed in drawn.reshape(2, 2, *drawn.shape[1:]):  # beside each the same, dark where nobody looks
-      self.assertTrue((dimmed <= plain).all() and (dimmed >= 0.2 * plain.astype(float) - 1).all())
-      self.assertGreater(dimmed.max(), 100)
+    plain, dimmed = drawn[::2], drawn[1::2]  # beside each the same, dark where nobody looks
+    self.assertTrue((dimmed <= plain).all() and (dimmed >= 0.2 * plain.astype(float) - 1).all())
     self.assertRegex(captions[0] + captions[2], "0.png: red .*%.*2.png: blue .*%")
     files = {"0.jpeg": picture(color="red"), "1.PNG": picture(kind="PNG", color="lime"), "2.txt": b"no picture",
              "3.gif": picture(kind="GIF", color="blue"), "cut/1.jpg": picture((400, 400))[:300], "bad/2.txt": b""}
@@ -1527,7 +1421,6 @@ class RunTest(Case):
     self.assertNotEqual(phone, stored)
 
   @cases(("sincos2d", []), ("sincos2d", ["red", "ship"]), ("learned", ["blue", "green", "red"]))
-  @mock.patch.dict(train.EVALS, other=("numbers", "validation", "label"))
   def test_fine_tune_at_another_size_on_other_classes(self, posemb, known):
     of = TINY._replace(posemb=posemb, num_classes=len(known))
     headless = {} if known else {"head/kernel": None, "head/bias": None}
@@ -1535,10 +1428,9 @@ class RunTest(Case):
         f"{split}/{name}/{i}.png": picture(kind="PNG", color=name)
         for i in range(8) for split in ("train", "validation") for name in ("red", "white")})
     init = f"--init={weights_file(self.root, of, headless, label_names=np.array(known))}"
-    flag = self.flags(init, f"--dataset={data}", "--epochs=5", f"--data_dir={DATA.name}")
-    log = run(*flag, "--image_size=24", "--eval=other,validation")
-    self.assertRegex(log, f"new head: .*white.*{'|'.join(known[1:2])}")
-    self.assertRegex(log, "other +not available: .*zero.*white(.|\n)*validation +top-1")
+    flag = self.flags(init, f"--dataset={data}", "--epochs=5")
+    log = run(*flag, "--image_size=24")
+    self.assertRegex(log, f"new head: .*white.*{'|'.join(known[1:2])}(.|\n)*validation +top-1")
     self.assertAlmostEqual(float(losses(log)["1"]), math.log(2), places=3)
     before, after = model.flatten(random_params(config=of)), self.arrays()
     self.assertEqual(after["label_names"].tolist(), ["red", "white"])
@@ -1612,8 +1504,6 @@ class RunTest(Case):
     self.assertEqual(self.steps(), [8, 15, 16])
     run(*self.flags("--keep_every=8"))
     self.assertEqual(self.steps(), [8, 16, 20])
-    init = f"--init={last_path(self.workdir)}"
-    self.assertIn("--workdir=/dev/null cannot be", refused(init, "--predict=x.png", "--workdir=/dev/null"))
 
   BENCHMARK = "--benchmark", "--variant=mu/8", "--image_size=16", "--dtype=float32", "--head=linear", "--batch_size=32"
 
@@ -1631,15 +1521,14 @@ class RunTest(Case):
       ("--grad_accum=2 --batch_size=16", 99, [2, 4], "\nexit: Error: --batch_size=16 .*large"),  # 8 are too many
       ("--batch_size=30", 1, [1], "\nexit: Error: --batch_size=30: expected a multiple of 4 devices.*$"),
       ("--topology=h100:2x2", 1, [], "^\nexit: Error: --topology=h100:2x2: .*v3:2x2.*$"),
-      ("", "INTERNAL: bad\nfar below", [1], "\nexit: Error: --topology=v3:2x2: INTERNAL: bad$"),
       ("", 0, [], r"^\nexit: Error: --topology=v3:2x2: TPU support not.*pip install .jax\[tpu\].*$"))
   def test_topology(self, flag, fits, expected, message):
-    """On four simulated devices, which are too small for fewer than `fits` parts, or have another error."""
+    """On four simulated devices, which are too small for fewer than `fits` parts."""
     compile_step, tried = train.compile_step, []
     def limited(config, batch_size, *args):
       tried.append(parts := args[-1]["grad_accum"])
-      if isinstance(fits, str) or parts < fits and batch_size % (parts * 4) == 0:
-        raise jax.errors.JaxRuntimeError(fits if isinstance(fits, str) else "RESOURCE_EXHAUSTED: Ran out\nof hbm")
+      if parts < fits and batch_size % (parts * 4) == 0:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out\nof hbm")
       # A CPU's compiler has no estimate.
       stand_in = types.SimpleNamespace(cost_analysis=lambda: {"bytes accessed": 2.5e9, "optimal_seconds": 0.125})
       return [stand_in if hasattr(x, "cost_analysis") else x for x in compile_step(config, batch_size, *args)]
@@ -1664,12 +1553,14 @@ class RunTest(Case):
   def test_bad_images_in_a_run(self):
     data = noise_folder(self.root)
     write_folder(data, {f"{split}/red/broken.png": b"text" for split in ("train", "validation", "rotten")})
-    flag = self.flags(f"--dataset={data}")
+    flag = self.flags(f"--dataset={data}", "--pool=cls", "--head=linear", "--posemb=learned", "--randaug_layers=0",
+                      "--mixup=0", "--grad_clip_norm=0", "--warmup_steps=0")  # the report's "Original" in passing
     self.assertRegex(refused(*flag), "bad record .*train/red/broken.png.*--skip_bad_images")
     flag.append("--skip_bad_images")
     log = run(*flag)  # 41 records, 8 at a time, 4 epochs
     self.assertRegex(log, "step 20/20  epoch 3.90.*4 bad images left out(.|\n)*13 images  .1 bad images left out.")
     init, out = f"--init={last_path(self.workdir)}", f"--workdir={self.root}/out"
+    self.assertEqual(model.load(init[7:])[1].config, TINY._replace(pool="cls", head="linear", posemb="learned"))
     self.assertIn("rotten", refused(*flag, "--eval_only", "--eval=rotten", init, out))  # not 0 %
     self.assertFalse(os.path.exists(f"{self.root}/out/eval.json"))
     self.assertIn("no record of a batch can be used", refused(*flag, "--train_split=rotten", "--epochs=64", out))
@@ -1683,7 +1574,7 @@ class RunTest(Case):
       self.assertTrue(np.isfinite(x).all(), name)
 
   @cases(
-      ("--variant=XXL/16", "=XXL/16: expected one of"), ("--image_size=20", "=20: expected a multiple"),
+      ("--image_size=20", "=20: expected a multiple"),
       ("--warmup_steps=20", "=20 is not shorter than the run of 20 steps: pass --warmup_steps=2"),
       ("--batch_size=12", "=12: expected a multiple of 8 devices"), ("--grad_accum=3", "8 devices times .*=3"),
       ("--benchmark --batch_size=4", "=4: expected a multiple of 8 devices"),
@@ -1699,8 +1590,7 @@ class RunTest(Case):
     self.assertRegex(refused(*self.flags(f"--data_dir={self.root}", *flag.split())), message)
     self.assertEqual(self.steps(), [])
 
-  @cases("--lr=-1", "--weight_decay=inf", "--posemb=none", "--head=2", "--mixup=-0.1", "--lr=nan",
-                            "--batch_size=0", "--randaug_layers=-1", "--epochs=inf", "--randaug_magnitude=nan")
+  @cases("--lr=-1", "--weight_decay=inf", "--posemb=none", "--mixup=nan", "--batch_size=0", "--randaug_magnitude=nan")
   def test_flags_out_of_range(self, flag):
     with flagsaver.flagsaver(), self.assertRaisesRegex(flags.IllegalFlagValueError, flag.split("=")[0][2:]):
       flags.FLAGS(["train.py", flag])
@@ -1722,14 +1612,6 @@ class RunTest(Case):
     finally:
       delattr(flags.FLAGS, "rotary")
     self.assertRegex(again(f"--workdir={self.root}/fork"), r"exit: .*--rotary=1 \(now unknown\)")
-
-  @cases(("gap", "mlp", "learned"), ("cls", "mlp", "sincos2d"), ("gap", "linear", "sincos2d"))
-  def test_report_ablations_are_flags(self, pool, head, posemb):
-    run(*self.flags("--epochs=1", f"--pool={pool}", f"--head={head}", f"--posemb={posemb}", "--randaug_layers=0",
-                    "--mixup=0", "--grad_clip_norm=0", "--warmup_steps=0"))
-    params, info = model.load(last_path(self.workdir))  # which would refuse other arrays
-    self.assertEqual(info.config, TINY._replace(pool=pool, head=head, posemb=posemb))
-    self.assertEqual("cls" in params, pool == "cls")
 
   # Runs that are killed need processes of their own.
 
