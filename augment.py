@@ -4,7 +4,7 @@
 
 writes a contact sheet: every operation on the picture, with its argument, and draws of RandAugment.
 
-The sixteen operations are plain TensorFlow functions `op(image, argument)` on uint8 [H, W, 3].
+The sixteen operations are plain TensorFlow functions of a picture, uint8 [H, W, 3], and arguments.
 They stay uint8: where arithmetic is in float, its result is clipped to [0, 255] and truncated.
 Pixels that come from outside the picture are 128.
 
@@ -197,24 +197,19 @@ def arguments(magnitude, sign, center, size):
 OPS = tuple(arguments(10, 1.0, (0, 0), 224))
 
 
-@functools.cache
-def _compiled_layers(num_layers, magnitude):
-  """RandAugment, compiled by XLA once per process: single TensorFlow kernels are slow at this."""
-
-  @tf.function(jit_compile=True)
-  def layers(image, flip, draws):
-    image = tf.cast(image, tf.uint8)
-    image = tf.where(flip, image[:, ::-1], image)
-    H, W, _ = image.shape
-    # TensorFlow makes this a loop of XLA, so that each operation is compiled once for all layers.
-    for draw in draws if num_layers else ():
-      center = tf.cast(draw[2:] * (H, W), tf.int32)
-      given = arguments(magnitude, tf.where(draw[1] < 0.5, -1.0, 1.0), center, max(H, W))
-      image = tf.switch_case(tf.cast(draw[0] * len(given), tf.int32),
-                             [functools.partial(op, image, *args) for op, args in given.items()])
-    return image
-
-  return layers
+@tf.function(jit_compile=True)  # by XLA: single TensorFlow kernels are slow at this
+def _layers(image, flip, draws, magnitude):
+  """The flip, then a layer for each row of draws: which operation, which sign, which centre."""
+  image = tf.cast(image, tf.uint8)
+  image = tf.where(flip, image[:, ::-1], image)
+  H, W, _ = image.shape
+  # TensorFlow makes this a loop of XLA, so that each operation is compiled once for all layers.
+  for draw in draws if len(draws) else ():
+    center = tf.cast(draw[2:] * (H, W), tf.int32)
+    given = arguments(magnitude, tf.where(draw[1] < 0.5, -1.0, 1.0), center, max(H, W))
+    image = tf.switch_case(tf.cast(draw[0] * len(given), tf.int32),
+                           [functools.partial(op, image, *args) for op, args in given.items()])
+  return image
 
 
 def rand_augment(image, seed, num_layers=2, magnitude=10, flip=False):
@@ -230,21 +225,15 @@ def rand_augment(image, seed, num_layers=2, magnitude=10, flip=False):
   Returns:
     uint8 [H, W, 3].
   """
-  # Per layer: which operation, which sign, which centre.
   draws = tf.random.stateless_uniform([num_layers, 4], seed, alg="philox")
-  return _compiled_layers(num_layers, magnitude)(image, flip, draws)
+  return _layers(image, flip, draws, magnitude)
 
 
-@functools.cache
-def _compiled_mix(scale, dtype):
-  """Scales and mixes in one pass over the images, compiled by XLA once per process."""
-
-  @tf.function(jit_compile=True)
-  def mix(images, a):
-    images = scale(images)
-    return tf.cast(a * images + (1 - a) * tf.roll(images, 1, axis=0), dtype)
-
-  return mix
+@tf.function(jit_compile=True)
+def _mix(images, a, scale, dtype):
+  """Scales and mixes in one pass over the images."""
+  images = scale(images)
+  return tf.cast(a * images + (1 - a) * tf.roll(images, 1, axis=0), dtype)
 
 
 def mixup(images, labels, seed, p=0.2, scale=tf.identity, dtype=tf.float32):
@@ -266,7 +255,7 @@ def mixup(images, labels, seed, p=0.2, scale=tf.identity, dtype=tf.float32):
   # 0 / 0 is a NaN; in float64 only below p = 0.01, where 1e-300 then makes the proportion 1.
   gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
-  return _compiled_mix(scale, dtype)(images, a), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
+  return _mix(images, a, scale, dtype), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
 
 
 # --- Contact sheet --------------------------------------------------------------------------------
@@ -292,9 +281,9 @@ def draw_grid(path, images, captions, columns=8):
     sheet.save(f, "PNG")
 
 
-def _own_picture(side=224):
+def _own_picture():
   """A picture with an up and a right, smooth and sharp parts, and all colours."""
-  y, x = np.mgrid[:side, :side] / side
+  y, x = np.mgrid[:224, :224] / 224
   picture = np.stack([255 * x, 255 * y, 255 * (1 - x) * (1 - y)], -1)
   picture[(x - 0.3) ** 2 + (y - 0.35) ** 2 < 0.03] = (250, 200, 30)
   picture[(abs(x - 0.7) < 0.15) & (abs(y - 0.6) < 0.25)] *= 0.4
@@ -304,6 +293,8 @@ def _own_picture(side=224):
 
 def main(argv):
   image = _own_picture()
+  if len(argv) > 2:
+    sys.exit(f"Error: {' '.join(argv[2:])}: expected one picture")
   if len(argv) > 1:
     try:
       image = tf.io.decode_image(tf.io.read_file(argv[1]), 3, expand_animations=False)
@@ -326,5 +317,5 @@ def main(argv):
 if __name__ == "__main__":
   FLAGS = flags.FLAGS
   flags.DEFINE_string("out", "augment.png", "Where the contact sheet goes.")
-  flags.DEFINE_float("magnitude", 10, "Magnitude of every operation.")
+  flags.DEFINE_float("magnitude", 10, "Magnitude of every operation.", 0, 20)
   app.run(main)

@@ -5,12 +5,14 @@
 prepares the data set if it is not there yet, from the archives in `--manual_dir=DIR` (for
 imagenet2012: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or the second alone); with
 `--prepare_only` that is all. Then it draws one training batch as the model sees it, and measures
-JPEG decode-and-crop alone, which is the limit, the training and the evaluation pipeline.
+the training and the evaluation pipeline, and JPEG decode-and-crop alone, which limits both.
 
 The order of examples and every random choice are functions of the seed and of the example's place
 in the endless stream of epochs: batch k of size B holds the examples k*B ... k*B + B - 1. So the
 pipeline starts at any step without having decoded what came before, and the number of threads or
 processes changes nothing (with one exception, of `skip_bad_images`).
+
+A `dataset` below is a TFDS builder or a `Folder`; `open_dataset` makes both.
 
 Shapes: B batch, b this process's share of it, I image side, C classes; [] is a number.
 """
@@ -20,7 +22,6 @@ import functools
 import os
 import random
 import re
-import statistics
 import sys
 import time
 import types
@@ -57,7 +58,7 @@ class DatasetError(ValueError):
 
 
 def _checked(shape):
-  """[height, width, ...] as it is; an error beyond 2^27 pixels, which few bytes can declare."""
+  """The same [height, width, ...], but an error beyond 2^27 pixels, which few bytes can declare."""
   pixels = tf.reduce_prod(tf.cast(shape[:2], tf.float32))
   with tf.control_dependencies([tf.debugging.assert_less(pixels, 2.0 ** 27, "image too large")]):
     return tf.identity(shape)  # what depends on it waits for the check
@@ -75,8 +76,7 @@ def decode(image_bytes, choose_box):
 
   def other():  # decode_image has a limit of its own
     image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
-    y, x, h, w = tf.unstack(choose_box(tf.shape(image)))
-    return image[y:y + h, x:x + w]
+    return tf.image.crop_to_bounding_box(image, *tf.unstack(choose_box(tf.shape(image))))
 
   return tf.cond(tf.io.is_jpeg(image_bytes), jpeg, other)
 
@@ -97,7 +97,6 @@ def train_image(image_bytes, seed, index, image_size=224, randaug_layers=2, rand
   """Encoded bytes -> uint8 [I, I, 3]: crop, resize, flip, RandAugment, drawn from (seed, index)."""
   image = decode_random_crop(image_bytes, seed_for("crops", seed, index))
   image = tf.image.resize(image, (image_size, image_size))  # bilinear, without antialiasing
-  image = tf.ensure_shape(image, (image_size, image_size, 3))
   flip = tf.random.stateless_uniform([], seed_for("flips", seed, index)) < 0.5
   return augment.rand_augment(image, seed_for("rand_augment", seed, index), randaug_layers,
                               randaug_magnitude, flip)
@@ -110,8 +109,7 @@ def eval_image(image_bytes, image_size=224):
   sides = tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides)))
   sides = tf.cast(_checked(sides), tf.int32)  # a long thin picture grows
   image = tf.cast(tf.image.resize(image, sides, method="area"), tf.uint8)
-  y, x = tf.unstack((sides - image_size) // 2)
-  return tf.ensure_shape(image[y:y + image_size, x:x + image_size], (image_size, image_size, 3))
+  return tf.image.resize_with_crop_or_pad(image, image_size, image_size)
 
 
 def scale(images):
@@ -151,12 +149,13 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
     which rows stand in for a record that could not be used.
 
   Raises:
-    DatasetError: a record cannot be used, and skip_bad_images is False, or no record of a batch.
+    DatasetError: a record cannot be used, and skip_bad_images is False, or none that this process
+      reads of a batch can; or a file of the data set is damaged.
   """
   b = batch_size // process_count
   first = process_index * b
   # Mixup needs the row before the first one, too: of B = 8, process 1 of 2 reads rows 3 to 7,
-  # process 0 reads 0 to 3 and 7.
+  # process 0 reads 0 to 3 and 7. They arrive in this order; the one too many is left out.
   rows = {(first - 1) % batch_size, *range(first, first + b)}
   mine = slice(0, b) if process_index == 0 else slice(1, b + 1)
   read, positions = record_reader(dataset), label_positions(dataset, label_names)
@@ -179,8 +178,9 @@ def train_batches(dataset, split, batch_size, *, start_step=0, image_size=224, r
       batch["images"] = tf.cast(scale(batch["images"]), dtype)
     return {key: x[mine] for key, x in batch.items()}
 
-  records = shuffled_records(dataset, split, seed, start_step * batch_size)
-  _, batches = _batches(records, example, finish, rows, batch_size, start_step, skip_bad_images)
+  records_from = functools.partial(shuffled_records, dataset, split, seed)
+  _, batches = _batches(records_from, example, finish, rows, batch_size, start_step,
+                        skip_bad_images)
   return batches
 
 
@@ -200,7 +200,7 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
     real are the bad ones, and what fills the last batch.
 
   Raises:
-    DatasetError: a record cannot be used, and skip_bad_images is False.
+    DatasetError: as there; a batch without a usable record is none.
   """
   b = batch_size // process_count
   rows = range(process_index * b, (process_index + 1) * b)
@@ -211,11 +211,10 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
     return {"images": eval_image(image_bytes, image_size), "labels": label_set(labels, positions)}
 
   def finish(_, batch):
-    images = tf.cast(scale(batch["images"]), dtype)
-    return batch | {"images": images, "mask": ~batch["bad"]}
+    return batch | {"images": tf.cast(scale(batch["images"]), dtype), "mask": ~batch["bad"]}
 
-  records = read_records(dataset, split).repeat(passes)
-  spec, batches = _batches(records, example, finish, rows, batch_size, 0, skip_bad_images)
+  records_from = read_records(dataset, split).repeat(passes).skip
+  spec, batches = _batches(records_from, example, finish, rows, batch_size, 0, skip_bad_images)
   blank = {key: np.zeros([b, *x.shape[1:]], x.dtype.as_numpy_dtype) for key, x in spec.items()}
   for _ in range(-(-split_size(dataset, split) * passes // batch_size)):
     batch = next(batches, {key: x[:0] for key, x in blank.items()})  # others may have the last rows
@@ -224,11 +223,11 @@ def eval_batches(dataset, split, batch_size, *, label="label", image_size=224, d
            for key, x in batch.items()}
 
 
-def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_images):
-  """One process's share of the batches of a stream of records.
+def _batches(records_from, example, finish, rows, batch_size, start_step, skip_bad_images):
+  """One process's share of the batches of a stream of records, from a step on.
 
   Args:
-    records: Dataset of the records from the first one of batch `start_step` on.
+    records_from: function(index in the stream) -> Dataset of the records from there on.
     example: function(index in the stream, record) -> dict of tensors; fails if the record is bad.
     finish: function(step, batch, with "bad", bool [rows]: which are zeros as their record is bad).
     rows: the rows of a global batch that this process reads.
@@ -236,38 +235,40 @@ def _batches(records, example, finish, rows, batch_size, start_step, skip_bad_im
   Returns:
     The types of what `finish` returns, and an iterator over it as numpy arrays.
   """
-  records = records.enumerate(start_step * batch_size)
-  if len(rows) < batch_size:
+  def numbered(step):  # with their indices in the stream
+    records = records_from(step * batch_size).enumerate(step * batch_size)
+    if len(rows) == batch_size:
+      return records
     wanted = tf.constant([row in rows for row in range(batch_size)])
-    records = records.filter(lambda index, _: wanted[index % batch_size])
+    return records.filter(lambda index, _: wanted[index % batch_size])
 
   def good(index, record):
     return example(index, record) | {"bad": False}
 
   def good_or_zeros(index, record):
-    # ignore_errors on the whole stream would drop the row and shift all later ones; on a stream of
-    # one it leaves a gap.
+    # ignore_errors on the whole stream would drop the row and shift all later ones. So each record
+    # is a data set of its own, and zeros follow where it fails.
     ds = tf.data.Dataset.from_tensors((index, record)).map(good)
     zeros = {key: tf.zeros(x.shape, x.dtype) for key, x in ds.element_spec.items()} | {"bad": True}
     ds = ds.ignore_errors().concatenate(tf.data.Dataset.from_tensors(zeros))
     return ds.take(1).get_single_element()
 
-  ds = records.map(good_or_zeros if skip_bad_images else good, num_parallel_calls=THREADS)
+  ds = numbered(start_step).map(good_or_zeros if skip_bad_images else good,
+                                num_parallel_calls=THREADS)
   ds = ds.batch(len(rows), num_parallel_calls=2).enumerate(start_step)
   ds = ds.map(finish, num_parallel_calls=2).prefetch(2)
   options = tf.data.Options()
-  options.autotune.enabled = False  # nothing is left to tune, and it keeps a process from ending
+  options.autotune.enabled = False  # all is set; with it on, a process ends seconds after its work
 
   def iterate():
-    done = 0
+    step = start_step
     try:
       for batch in ds.with_options(options).as_numpy_iterator():
         yield batch
-        done += 1
+        step += 1
     except tf.errors.OpError as error:
       try:
-        batch = records.skip(done * len(rows)).take(0 if skip_bad_images else len(rows))
-        for index, record in batch:
+        for index, record in numbered(step).take(0 if skip_bad_images else len(rows)):
           try:  # which one was it?
             example(index, record)
           except tf.errors.OpError as bad:
@@ -331,10 +332,10 @@ def read_records(dataset, split, seed=None):
   have a fixed order.
   """
   if isinstance(dataset, Folder):
-    parts = [tf.data.Dataset.from_tensor_slices({key: x[start:stop] for key, x in
-                                                 dataset.files[name].items()})
-             for name, start, stop in _ranges(dataset, split)]
-    return functools.reduce(lambda a, b: a.concatenate(b), parts)
+    return tf.data.Dataset.from_tensor_slices({
+        key: tf.concat([dataset.files[name][key][numbers.start:numbers.stop]
+                        for name, numbers in _ranges(dataset, split)], 0)
+        for key in ("path", "label")})
 
   def read_file(path, skip, take):
     examples = tf.data.TFRecordDataset(path, buffer_size=1 << 20).skip(skip).take(take)
@@ -401,14 +402,13 @@ class Folder:
           paths.append(os.path.join(folder, name))
         else:
           left_out[f"{ending or name} of {split}" if below else f"in {split}, but in no CLASS"] += 1
-    classes = sorted({name for split in found.values() for name in split})
+    classes = sorted(set().union(*found.values()))
     for split in sorted(found):
       files = [(os.fsencode(path), label) for label, name in enumerate(classes)
                for path in sorted(found[split][name])]
       random.Random(split).shuffle(files)
-      paths, labels = zip(*files) if files else ((), ())
-      self.files[split] = {"path": tf.constant(paths, tf.string),
-                           "label": tf.constant(labels, tf.int64)}
+      self.files[split] = {"path": tf.constant([path for path, _ in files], tf.string),
+                           "label": tf.constant([label for _, label in files], tf.int64)}
       splits[split] = types.SimpleNamespace(num_examples=len(files), num_bytes=0)
       empty = [name for name in classes if not found[split][name]]
       self.notes += [f"{root}: {split} has no picture of {_some(empty)}"] * bool(empty)
@@ -517,19 +517,18 @@ def label_positions(dataset, names=None, label="label"):
 
 def split_size(dataset, split):
   """The number of examples of a split such as "train[:99%]"; DatasetError if there is none."""
-  return sum(stop - start for _, start, stop in _ranges(dataset, split))
+  return sum(len(numbers) for _, numbers in _ranges(dataset, split))
 
 
 def _ranges(dataset, split):
-  """[(name, start, stop)] of the parts of a split."""
+  """[(name, range of numbers)] of the parts of a split."""
   splits = dataset.info.splits
   try:
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    parts = [(part.splitname, part.from_ or 0, splits[part.splitname].num_examples
-              if part.to is None else part.to) for part in parts]
-  except (ValueError, KeyError, AssertionError):
+    parts = [(p.splitname, range(splits[p.splitname].num_examples)[p.from_:p.to]) for p in parts]
+  except (ValueError, KeyError, AssertionError, AttributeError, RuntimeError):
     parts = []
-  if not any(stop > start for _, start, stop in parts):
+  if not any(numbers for _, numbers in parts):
     raise DatasetError(f"split {split!r} of {dataset.name} is unknown or empty; it has "
                        + ", ".join(f"{name} ({s.num_examples:,})" for name, s in splits.items()))
   return parts
@@ -563,7 +562,7 @@ class Patterns(tfds.core.GeneratorBasedBuilder):
         builder=self, features=tfds.features.FeaturesDict({
             "image": tfds.features.Image(encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=list(PATTERNS)),
-        }), supervised_keys=("image", "label"))
+        }))
 
   def _split_generators(self, dl_manager):
     return {"train": self._generate_examples(0, 8000),
@@ -602,7 +601,9 @@ def _draw_pattern(rng, pattern):
 # --- Measuring itself -----------------------------------------------------------------------------
 
 
-def main(_):
+def main(argv):
+  if argv[1:]:
+    sys.exit(f"Error: {' '.join(argv[1:])}: expected flags only, such as --dataset=patterns")
   dataset = open_dataset(FLAGS.dataset, FLAGS.data_dir, prepare=True, manual_dir=FLAGS.manual_dir)
   splits = dataset.info.splits
   print(f"{FLAGS.dataset} is prepared: "
@@ -623,12 +624,10 @@ def main(_):
   augment.draw_grid(FLAGS.out, np.uint8((batch["images"][:16] + 1) * 127.5), captions)
   print(f"Wrote {FLAGS.out}, training images as the model sees them. Measuring ...", flush=True)
 
-  def decode_and_crop(i, record):
-    image_bytes, _ = record_reader(dataset)(record)
-    return decode_random_crop(image_bytes, seed_for("crops", 0, i))[0, 0, 0]
-
-  limit = read_records(dataset, split).cache().repeat().enumerate()  # in memory: not the disk's
-  limit = limit.map(decode_and_crop, num_parallel_calls=THREADS).ignore_errors().batch(B)
+  limit = read_records(dataset, split).take(4 * B).map(record_reader(dataset)).ignore_errors()
+  limit = limit.cache().repeat().enumerate().map(  # in memory, after the first: not the disk's
+      lambda i, record: decode_random_crop(record[0], seed_for("crops", 0, i))[0, 0, 0],
+      num_parallel_calls=THREADS).ignore_errors().batch(B)
   iterators = {"decode-and-crop alone": limit.prefetch(2).as_numpy_iterator(),
                "training": train_batches(dataset, split, B, **kwargs),
                "evaluation": eval_batches(dataset, split, B, passes=10 ** 6, **kwargs)}
@@ -642,7 +641,7 @@ def main(_):
         next(iterator)
       rates[name].append(FLAGS.batches * B / (time.perf_counter() - started))
       time.sleep(1)  # until the prefetching is done
-  rates = {name: statistics.median(values) for name, values in rates.items()}
+  rates = {name: np.median(values) for name, values in rates.items()}
   for name, rate in rates.items():
     print(f"{name:22} {rate:8,.0f} images/s  {rate / rates['decode-and-crop alone']:.2f} of the "
           f"limit  {1000 * os.cpu_count() / rate:.2f} core-milliseconds an image")
@@ -656,11 +655,11 @@ if __name__ == "__main__":
   flags.DEFINE_string("manual_dir", None, "The folder of archives to prepare the data set from.")
   flags.DEFINE_bool("prepare_only", False, "Prepare the data set and stop.")
   flags.DEFINE_string("split", None, "What to read; by default train, or what there is.")
-  flags.DEFINE_integer("batch_size", 128, "Images per batch.")
+  flags.DEFINE_integer("batch_size", 128, "Images per batch.", 1)
   flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
   flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used.")
-  flags.DEFINE_integer("rounds", 5, "Measurements of each pipeline, in turn; the median counts.")
-  flags.DEFINE_integer("batches", 10, "Batches per measurement.")
+  flags.DEFINE_integer("rounds", 5, "Measurements of each pipeline, in turn; the median counts.", 1)
+  flags.DEFINE_integer("batches", 10, "Batches per measurement.", 1)
   flags.DEFINE_string("out", "batch.png", "Where the picture of a batch goes.")
   try:
     app.run(main)
