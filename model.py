@@ -62,7 +62,7 @@ class Config(NamedTuple):
   head: str = "mlp"
   num_classes: int = 1000  # C
   dtype: str = "bfloat16"  # of products in the blocks and of what lies between them
-  attention: str = "xla"  # how, not what: no checkpoint says it
+  attention: str = "xla"  # how, not what: a checkpoint always says "xla"
 
   @property
   def sizes(self):
@@ -83,16 +83,15 @@ class Config(NamedTuple):
 def parameter_table(config=Config()):
   """Every parameter's name, shape and initialiser: {name: (shape, function(key, shape) -> array)}.
 
-  Raises:
-    WeightsError: a field of the config is unknown; the message says what was expected.
+  Without classes there is no head. WeightsError: a field of the config is none that is known.
   """
   P, D, blocks, M, N = config.sizes
   H, L, C = D // N, (config.image_size // P) ** 2, config.num_classes
   zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
   normal, xavier = jax.nn.initializers.normal, jax.nn.initializers.xavier_uniform
   lecun = jax.nn.initializers.lecun_normal()  # fan-in P*P*3 for the patches, D for a matrix
-  # Query, key, value and out are D x D matrices. The axes are given, as the default ones would take
-  # N or D for a receptive field and bound the values by 0.015 instead of sqrt(6 / 2D) = 0.088.
+  # Query, key, value and out are D x D matrices, bounded by sqrt(6 / 2D) = 0.088. With the default
+  # axes, the first would be a receptive field, and the bound 0.015 (of out 0.047).
   to_heads, from_heads = xavier(in_axis=0, out_axis=(1, 2)), xavier(in_axis=(0, 1), out_axis=2)
 
   table = {}
@@ -120,7 +119,8 @@ def parameter_table(config=Config()):
   norm("Transformer/encoder_norm")
   if config.head == "mlp":
     layer("pre_logits", (D, D), lecun)
-  layer("head", (D, C), zeros)  # zero, so that the first loss is exactly log(C)
+  if C:
+    layer("head", (D, C), zeros)  # zero, so that the first loss is exactly log(C)
   return table
 
 
@@ -165,21 +165,20 @@ def product(spec, x, kernel):
   Autodiff would return that gradient in the type of x, so that several devices would round their
   parts of it to bfloat16 before they add them up. This derivative keeps what was accumulated.
   """
-  return jnp.einsum(spec, x, kernel.astype(x.dtype), precision=PRECISION[x.dtype.name])
+  return jnp.einsum(spec, x, kernel.astype(x.dtype))
 
 
 def _product_backward(spec, inputs, gradient):
   (x, kernel), (left, right, out) = inputs, re.split(",|->", spec)
-  einsum = functools.partial(jnp.einsum, precision=PRECISION[x.dtype.name])
-  return (einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype)),
-          einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=jnp.float32))
+  return (jnp.einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype)),
+          jnp.einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=jnp.float32))
 
 
 product.defvjp(lambda spec, x, kernel: (product(spec, x, kernel), (x, kernel)), _product_backward)
 
 
 def dense(spec, p, x):
-  """The affine map `einsum(spec, x, kernel) + bias`, in the type of x; gradients are float32."""
+  """`einsum(spec, x, kernel) + bias`, in the type of x; gradients of parameters are float32."""
   if x.dtype == jnp.float32:  # autodiff does what `product` does, in an order that suits a CPU
     return jnp.einsum(spec, x, p["kernel"], precision="highest") + p["bias"]
   return (product(spec, x, p["kernel"]) + p["bias"]).astype(x.dtype)
@@ -219,6 +218,14 @@ def queries_keys_values(p, x):
   return [dense("bld,dnh->blnh", p[name], x) for name in ("query", "key", "value")]
 
 
+def recomputed_in_float32(function, dtype):
+  """The function, which in float32 keeps only its arguments for the backward pass.
+
+  A CPU computes the rest again sooner than it finds memory for it; a TPU does not.
+  """
+  return jax.checkpoint(function) if dtype == jnp.float32 else function
+
+
 def attention_probs(q, k):
   """softmax(q k^T / sqrt(H)) of queries and keys [B, L, N, H]: float32 [B, N, L, L]."""
   scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=PRECISION[q.dtype.name],
@@ -234,22 +241,14 @@ def attention(p, x, config):
   if config.attention == "cudnn" and x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0:
     y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
   else:
-    probs = light(attention_probs, x.dtype)(q, k).astype(x.dtype)
+    probs = recomputed_in_float32(attention_probs, x.dtype)(q, k).astype(x.dtype)
     y = jnp.einsum("bnqk,bknh->bqnh", probs, v, precision=PRECISION[x.dtype.name])
   return dense("blnh,nhd->bld", p["out"], y)
 
 
-def light(function, dtype):
-  """`function`, which in float32 keeps only its arguments for the backward pass.
-
-  A CPU computes the rest again sooner than it finds memory for it; a TPU does not.
-  """
-  return jax.checkpoint(function) if dtype == jnp.float32 else function
-
-
 def mlp(p, x):
   """Two layers around the tanh form of GELU (arXiv 1606.08415), [B, L, D] -> [B, L, D]."""
-  gelu = light(functools.partial(jax.nn.gelu, approximate=True), x.dtype)
+  gelu = recomputed_in_float32(functools.partial(jax.nn.gelu, approximate=True), x.dtype)
   return dense("blm,md->bld", p["Dense_1"], gelu(dense("bld,dm->blm", p["Dense_0"], x)))
 
 
@@ -285,8 +284,8 @@ def forward(params, images, config=Config(), remat=False):
   Args:
     params: nested dict of float32 arrays, of `init_params` or `load`.
     images: rounded to `config.dtype`.
-    config: the model's; its dtype is that of products and of activations inside a block. Residual
-      stream, LayerNorm, softmax and head are float32.
+    config: its dtype is that of products and of activations inside a block. Residual stream,
+      LayerNorm, softmax and head are float32.
     remat: keep only the tokens between the blocks for the backward pass, to save memory.
   """
   _, _, blocks, *_ = config.sizes
@@ -296,8 +295,7 @@ def forward(params, images, config=Config(), remat=False):
 def attention_map(params, images, config=Config()):
   """Where the model looks: attention of the last block, averaged over heads, [B, I/P, I/P] float32.
 
-  It is what the [cls] token attends to, or, as pooling takes the mean of all tokens, the mean over
-  what they attend to.
+  With [cls] it is what that token attends to, else the mean, over all tokens, of what each does.
   """
   P, _, blocks, *_ = config.sizes
   x = encode(params, images, config, blocks - 1)
@@ -399,8 +397,6 @@ def load(path):
     table = parameter_table(config)
   except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
     raise WeightsError(f"--init={path}: no ViT in it that this code knows ({error})") from None
-  if not config.num_classes:
-    table = {name: row for name, row in table.items() if not name.startswith("head/")}
   wrong = [f"{name} missing" for name in table.keys() - params.keys()]
   wrong += [f"{name} unknown" for name in params.keys() - table.keys()]
   for name in table.keys() & params.keys():

@@ -48,7 +48,7 @@ flags.DEFINE_float("epochs", 90, "Passes over the training split: 90, 150 or 300
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices and processes.", 1)
 flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder.")
 flags.DEFINE_string("train_split", "train[:99%]", "What to train on.")
-flags.DEFINE_string("variant", "S/16", "Size: mu, Ti, S, M, B, L, H or demo / patch in pixels.")
+flags.DEFINE_string("variant", "S/16", "Size / patch side; sizes: demo, mu, Ti, S, M, B, L, H.")
 flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
 flags.DEFINE_enum("posemb", "sincos2d", model.CHOICES["posemb"], "Position embedding.")
 flags.DEFINE_enum("pool", "gap", model.CHOICES["pool"], "Classify the mean or a [cls] token.")
@@ -57,7 +57,7 @@ flags.DEFINE_integer("randaug_layers", 2, "RandAugment's operations on each imag
 flags.DEFINE_float("randaug_magnitude", 10, "Magnitude of RandAugment's operations.", 0, 20)
 flags.DEFINE_float("mixup", 0.2, "p of Mixup's Beta(p, p); 0: off.", 0)
 flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
-flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, a step at the peak; not times --lr.", 0)
+flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, in a step at the peak; not times --lr.", 0)
 flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0: off.", 0)
 flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: off.", 0)
 flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"],
@@ -66,13 +66,14 @@ flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"],
 flags.DEFINE_integer("seed", 0, "Seeds parameters, order of the data and augmentations.", 0)
 flags.DEFINE_string("init", None, "Start from the weights in this .npz: published ones or ours.")
 
-# The other flags may differ when a run resumes (parts and repeats change the rounding only).
+# The other flags may differ when a run resumes (--grad_accum and --remat change the rounding only).
 NOT_RECIPE = {flag.name for flag in (
     flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes."),
     flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets (default: TFDS' own)."),
     flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1),
     flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations.", 1),
-    flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; two are kept.", 1),
+    flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints, which evaluations "
+                         "write, too; two are kept.", 1),
     flags.DEFINE_integer("keep_every", 0, "Also keep every so many steps' checkpoint.", 0),
     flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2, splits of --dataset."),
     flags.DEFINE_bool("skip_bad_images", False, "Leave out records that cannot be used."),
@@ -86,7 +87,7 @@ NOT_RECIPE = {flag.name for flag in (
     flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval."),
     flags.DEFINE_list("predict", [], "Classify pictures, or folders of them, with --init."),
     flags.DEFINE_bool("benchmark", False, "Measure the update step on random data."),
-    flags.DEFINE_string("topology", None, "With --benchmark: compile for a TPU, as v3:2x2."))}
+    flags.DEFINE_string("topology", None, "Instead, ask a TPU's compiler about it, as v3:2x2."))}
 
 for _name in ("epochs", "randaug_magnitude", "mixup", "lr", "weight_decay", "grad_clip_norm"):
   flags.register_validator(_name, math.isfinite, "expected a finite number")
@@ -151,7 +152,7 @@ received_signal = 0  # SIGTERM or SIGINT, of `handle_signal`
 def put(batch, by_rows):
   """This process's rows, {name: array [b, ...]}, as arrays [B, ...] split over all devices.
 
-  With them goes "stop": so all processes learn in the same step of a signal that one received.
+  With them goes "stop", the signal that this process received, or 0: so all stop in one step.
   """
   stop = np.full(len(batch["images"]), received_signal, np.int32)
   return jax.make_array_from_process_local_data(by_rows, batch | {"stop": stop})
@@ -183,14 +184,16 @@ def make_eval_step(config, replicated, by_rows):
 
 
 def evaluate(params, evals, eval_step, by_rows, prefix=""):
-  """Evaluates parameters on {name: (function() -> batches, dict to say of them)} of `open_evals`.
+  """Evaluates parameters.
+
+  evals: {name: (function() -> batches, what the results are to say of them)}, of `open_evals`.
 
   Returns:
     {prefix + name: {"count", "top1" and "top5" in percent, "loss", "bad", ...}}, each image counted
     exactly once, and the number of a signal that ended it, or 0.
   """
   results = {}
-  for name, (batches, about) in evals.items():
+  for name, (batches, source) in evals.items():
     sums = collections.Counter()
     for batch in batches():
       metrics = eval_step(params, put(batch, by_rows))
@@ -199,7 +202,7 @@ def evaluate(params, evals, eval_step, by_rows, prefix=""):
         return results, int(sums["stop"])
     if not sums["count"]:
       raise UserError(f"--eval: no image of {name} can be used; look at what is in the data set")
-    results[prefix + name] = about | {
+    results[prefix + name] = source | {
         "count": sums["count"], "bad": sums["bad"], "loss": sums["loss"] / sums["count"],
         **{key: 100 * sums[key] / sums["count"] for key in ("top1", "top5")}}
   return results, 0
@@ -270,11 +273,12 @@ def main(argv):
          if field in FLAGS and (FLAGS[field].present or not FLAGS.init)})
   settings = {name: FLAGS[name].value for name in (
       "warmup_steps", "lr", "weight_decay", "grad_clip_norm", "grad_accum", "remat")}
-  reading = dict(image_size=config.image_size, dtype=config.dtype,
-                 process_index=jax.process_index(), process_count=jax.process_count(),
-                 skip_bad_images=FLAGS.skip_bad_images)
+  input_args = dict(image_size=config.image_size, dtype=config.dtype,
+                    process_index=jax.process_index(), process_count=jax.process_count(),
+                    skip_bad_images=FLAGS.skip_bad_images)
   if FLAGS.benchmark or FLAGS.topology or FLAGS.eval_only or FLAGS.predict or argv[1:]:
-    return instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading)
+    return instead_of_training(argv, weights, info, config, replicated, by_rows, settings,
+                               input_args)
 
   # Data
   dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir)
@@ -286,12 +290,12 @@ def main(argv):
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
   check_run(total_steps, FLAGS.warmup_steps, FLAGS.batch_size, FLAGS.grad_accum, mesh.size)
-  reading["label_names"] = label_names
+  input_args["label_names"] = label_names
   train_batches = functools.partial(
       input_pipeline.train_batches, dataset, FLAGS.train_split, FLAGS.batch_size, seed=FLAGS.seed,
       randaug_layers=FLAGS.randaug_layers, randaug_magnitude=FLAGS.randaug_magnitude,
-      mixup_p=FLAGS.mixup, **reading)
-  evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, mesh.size, reading)
+      mixup_p=FLAGS.mixup, **input_args)
+  evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, mesh.size, input_args)
 
   # Parameters, optimiser, step
   config = config._replace(num_classes=len(label_names))
@@ -315,8 +319,8 @@ def main(argv):
       f"{num_examples:,} images an epoch. Checkpoints and logs go to {FLAGS.workdir}.")
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, handle_signal)
-  about = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
-           "config": np.array(json.dumps(config._replace(attention="xla")._asdict()))}
+  described = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
+               "config": np.array(json.dumps(config._replace(attention="xla")._asdict()))}
   background = futures.ThreadPoolExecutor(1)
   saved = background.submit(lambda: path)
   periods = FLAGS.eval_every, FLAGS.checkpoint_every, FLAGS.keep_every or total_steps
@@ -336,11 +340,11 @@ def main(argv):
     if due or stop:
       saved.result()  # until the checkpoint before is written
       copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
-      saved = background.submit(save_checkpoint, FLAGS.workdir, copy | about, FLAGS.keep_every,
+      saved = background.submit(save_checkpoint, FLAGS.workdir, copy | described, FLAGS.keep_every,
                                 last=bool(stop) or step == total_steps)
   path = saved.result()
   if stop:
-    log(f"Stopped after step {step}; the same command goes on from there.")
+    log(f"Stopped after step {step}; the same command goes on from the last checkpoint.")
     sys.exit(128 + stop)
   log(f"Done: {path}. Next: python train.py --init={path} --predict PICTURE.jpg")
 
@@ -349,7 +353,7 @@ def main(argv):
 
 
 def fit_weights(weights, info, config, dataset):
-  """What of `model.load` fits a model and a data set, and the names of the model's classes.
+  """The weights of `model.load` as a model and a data set can use them, and the model's classes.
 
   Other classes leave the head out. The same ones in another order stay in the order of the weights,
   which the data's labels then follow.
@@ -369,14 +373,14 @@ def fit_weights(weights, info, config, dataset):
   return weights, info.label_names if same else label_names
 
 
-def open_evals(names, dataset, data_dir, batch_size, devices, reading):
+def open_evals(names, dataset, data_dir, batch_size, devices, input_args):
   """{name: (function() -> batches, {"dataset", "split", "image_size", "dtype"})} of --eval.
 
   What is not available is said and left out; UserError if that is all.
 
   Args:
     batch_size: is rounded up to what the devices can share.
-    reading: further arguments of `input_pipeline.eval_batches`.
+    input_args: further arguments of `input_pipeline.eval_batches`.
   """
   evals, batch_size = {}, -(-batch_size // devices) * devices
   for name in names:
@@ -386,14 +390,14 @@ def open_evals(names, dataset, data_dir, batch_size, devices, reading):
       split = name if name in data.info.splits else split  # a folder may have a split "val"
       if input_pipeline.split_size(data, split) < 100:
         log(f"  {name:10} has fewer than 100 images: its percentages are coarse.")
-      input_pipeline.label_positions(data, reading["label_names"], label)
+      input_pipeline.label_positions(data, input_args["label_names"], label)
     except input_pipeline.DatasetError as error:
       log(f"  {name:10} not available: {error}")
       continue
-    about = {"dataset": data.name, "split": split}
+    source = {"dataset": data.name, "split": split}
     evals[name] = functools.partial(
-        input_pipeline.eval_batches, data, split, batch_size, label=label, **reading), about | {
-            key: reading[key] for key in ("image_size", "dtype")}
+        input_pipeline.eval_batches, data, split, batch_size, label=label, **input_args), source | {
+            key: input_args[key] for key in ("image_size", "dtype")}
   if not evals:
     raise UserError(f"--eval={','.join(names)}: none of these is available; expected minival, val, "
                     f"real, v2 or splits of {dataset.name}: {', '.join(dataset.info.splits)}")
@@ -486,9 +490,9 @@ class RunLog:
     self.restart(None if self.since is None else step)  # nothing is compiled yet after resuming
     if jax.process_index() == 0:
       path = f"{self.workdir}/eval.json"
-      about = {"step": step, "weights": weights or checkpoint_path(self.workdir, step)}
+      source = {"step": step, "weights": weights or checkpoint_path(self.workdir, step)}
       with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
-        f.write(json.dumps({name: result | about for name, result in results.items()}, indent=2))
+        f.write(json.dumps({name: result | source for name, result in results.items()}, indent=2))
 
   def write(self, line):
     """Appends {name: number} to log.jsonl and to TensorBoard's events."""
@@ -603,11 +607,10 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
   Damaged files are named and skipped.
 
   Args:
-    workdir: any path that tf.io.gfile handles; all processes must see the same one.
+    workdir: all processes must see the same one.
     state: has the names, shapes and dtypes to expect.
     recipe: {flag: value} of this run.
     defaults: {flag: value} of flags that the checkpoint's code did not have.
-    allow_changes: resume although the recipe is not the checkpoint's.
 
   Raises:
     UserError: there are checkpoints, but none can be read, or the newest is of another recipe or
@@ -648,16 +651,14 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
 # --- Instead of training --------------------------------------------------------------------------
 
 
-def instead_of_training(argv, weights, info, config, replicated, by_rows, settings, reading):
+def instead_of_training(argv, weights, info, config, replicated, by_rows, settings, input_args):
   """What --benchmark, --eval_only and --predict ask for; arguments as in `main`."""
   if argv[1:] and not FLAGS.predict:
     raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
-  if FLAGS.benchmark and FLAGS.topology:
+  if FLAGS.topology:
     return benchmark_topology(FLAGS.topology, config, FLAGS.batch_size, settings)
   if FLAGS.benchmark:
     return benchmark(config, FLAGS.batch_size, replicated, by_rows, settings)
-  if FLAGS.topology:
-    raise UserError(f"--topology={FLAGS.topology} goes with --benchmark")
   if not config.num_classes or not weights:
     raise UserError("--eval_only and --predict need --init=FILE.npz with a head"
                     + f"; {FLAGS.init} has none and can only be trained from" * bool(weights))
@@ -671,7 +672,7 @@ def instead_of_training(argv, weights, info, config, replicated, by_rows, settin
     name = FLAGS.dataset if FLAGS["dataset"].present else name
     dataset = input_pipeline.open_dataset(name, FLAGS.data_dir)
     evals = open_evals(FLAGS.eval, dataset, FLAGS.data_dir, FLAGS.batch_size, by_rows.num_devices,
-                       reading | {"label_names": info.label_names})
+                       input_args | {"label_names": info.label_names})
     params = jax.make_array_from_process_local_data(replicated, weights)
     results, _ = evaluate(params, evals, make_eval_step(config, replicated, by_rows), by_rows)
     run_log.evaluation(info.step, results, FLAGS.init)
@@ -712,7 +713,7 @@ def predict(params, config, label_names, paths, workdir):
 
 
 def upright(path):
-  """The bytes of a picture; a PNG, turned as the Exif data say, if its camera was held upright."""
+  """The bytes of a picture; those of a turned PNG, if its Exif data say that it is to be turned."""
   from PIL import Image, ImageOps  # comes with tensorboard; pylint: disable=g-import-not-at-top
   encoded, turned = tf.io.read_file(path).numpy(), io.BytesIO()
   with Image.open(io.BytesIO(encoded)) as image:
@@ -790,20 +791,15 @@ def benchmark(config, batch_size, replicated, by_rows, settings, rounds=5):
   log("Compiling the step ...")
   started = time.perf_counter()
   init, step, shapes, size = compile_step(config, batch_size, replicated, by_rows, settings)
-  compiled, rng = time.perf_counter(), np.random.default_rng(0)
-  b = batch_size // jax.process_count()
-  images = rng.uniform(-1, 1, (b, *shapes["images"].shape[1:])).astype(config.dtype)
-  labels = np.eye(config.num_classes, dtype=np.float32)[rng.integers(0, config.num_classes, b)]
-  batch = put({"images": images, "labels": labels, "bad": np.zeros(b, bool)}, by_rows)
+  log(f"Compiled in {time.perf_counter() - started:.1f} s.")
+  b, rng = batch_size // jax.process_count(), np.random.default_rng(0)
+  batch = put({name: rng.random((b, *x.shape[1:])).astype(x.dtype) for name, x in shapes.items()},
+              by_rows)
   replicate = functools.partial(jax.make_array_from_process_local_data, replicated)
   state = replicate(jax.device_get(init(model.init_params(0, config))))
-  ready = time.perf_counter()
-  state, metrics = step(state, batch)
-  jax.block_until_ready(metrics)
-  log(f"Compiled in {compiled - started:.1f} s, first step {time.perf_counter() - ready:.1f} s.")
-
   x = replicate(np.ones((4096, 4096), config.dtype))
-  multiply = jax.jit(jnp.matmul).lower(x, x).compile()
+  multiply = functools.partial(jnp.matmul, precision=model.PRECISION[config.dtype])
+  multiply = jax.jit(multiply).lower(x, x).compile()
   repeats, times = 2 if jax.default_backend() == "cpu" else 20, []
   for _ in range(rounds):  # in turn, as other work on this machine slows both
     for count in (1, repeats):  # the first is to warm up
