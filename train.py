@@ -322,7 +322,7 @@ def main(argv):
   described = {"label_names": np.array(label_names), "flags": np.array(json.dumps(recipe)),
                "config": np.array(json.dumps(config._replace(attention="xla")._asdict()))}
   background = futures.ThreadPoolExecutor(1)
-  saved = background.submit(lambda: path)
+  saved = background.submit(lambda: path)  # the last checkpoint, once it is written
   periods = FLAGS.eval_every, FLAGS.checkpoint_every, FLAGS.keep_every or total_steps
   batches, stop = train_batches(start_step=step), 0  # stop: the number of a signal
   while not stop:
