@@ -417,7 +417,8 @@ class RunLog:
     self.restart(None)
     if jax.process_index() == 0:
       make_workdir(workdir)
-      self.events, self.path = tf.summary.create_file_writer(workdir), f"{workdir}/log.jsonl"
+      self.events = tf.summary.create_file_writer(workdir)
+      self.path = os.path.join(workdir, "log.jsonl")
       with log_write_errors(self.path):
         text = tf.io.gfile.GFile(self.path).read() if tf.io.gfile.exists(self.path) else ""
         if text[-1:] not in ("", "\n"):  # half a line, of a full disk or a power cut
@@ -489,7 +490,7 @@ class RunLog:
                                  for key in ("count", "top1", "top5", "loss")})
     self.restart(None if self.since is None else step)  # nothing is compiled yet after resuming
     if jax.process_index() == 0:
-      path = f"{self.workdir}/eval.json"
+      path = os.path.join(self.workdir, "eval.json")
       source = {"step": step, "weights": weights or checkpoint_path(self.workdir, step)}
       with log_write_errors(path), tf.io.gfile.GFile(path, "w") as f:
         f.write(json.dumps({name: result | source for name, result in results.items()}, indent=2))
