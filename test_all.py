@@ -997,9 +997,9 @@ class InputTest(parameterized.TestCase):
     with folder() as root:
       good = {f"train/c{i % 2}/{i}.jpg": picture(color=(40 * i, 0, 0)) for i in range(5)}
       data = input_pipeline.open_dataset(write_folder(root, good | {f"train/c0/{bad}": self.BAD[bad]}))
-      for batches in (self.train_batches(3, data), self.eval_batches(4, data, "train")):
+      for batches in (*map(self.train_batches, (3, 1), (data, data)), self.eval_batches(4, data, "train")):
         with self.refused(f"bad record .*/c0/{bad}: .*--skip_bad_images".replace("\udce9", r"\\xe9")):
-          take(batches, 4)
+          take(batches, 6)
       for count in (1, 2):
         share = lambda i: dict(process_index=i, process_count=count, skip_bad_images=True)
         batches = [batch for i in range(count)
