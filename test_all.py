@@ -1059,7 +1059,7 @@ class InputTest(parameterized.TestCase):
       write_folder(root, {"two/train/a/1.jpg": b"", "flat/train/1.jpg": b""})
       for name, message in (
           ("imagenet2012", "not prepared in .*--manual_dir.*--dataset=patterns.*ILSVRC2012_img_train.tar"),
-          ("./nowhere", "no such folder"), ("", "no such data set"),
+          ("./nowhere", "no such folder"),
           ("cifar10:9.9.9", "no such data set.*9.9.9.*version"),
           ("two", "did you mean --dataset=./two"), ("glue/cola", "not prepared in .*--dataset=glue/cola"),
           ("./two/train/a/", "no images found"), ("./flat", "no images found.*1 in train, but in no CLASS")):
