@@ -498,7 +498,7 @@ class MethodTest(parameterized.TestCase):
     self.assertBetween(error, 0.001, 0.01)
 
   def test_gradients_are_added_between_devices_in_float32(self):
-    """As XLA's partitioner writes the step: later, a CPU's compiler makes float32 of every sum, and rounds after it."""
+    """As XLA's partitioner writes it: later, a CPU's compiler makes float32 of every sum, and rounds after it."""
     config, (replicated, split) = TINY._replace(dtype="bfloat16", num_classes=5), shardings()
     init, step = train.make_training(config, replicated, split, 10, warmup_steps=1)
     state = jax.device_put(init(random_params(config=config)), replicated)
@@ -1543,7 +1543,7 @@ class RunTest(Case):
         patch(train, "compile_step", limited):
       described.return_value.devices = jax.devices()[:4]
       described.side_effect = RuntimeError("TPU support not installed\n") if fits == 0 else None
-      said = run(*self.BENCHMARK, "--topology=v3:2x2", *flag.split())
+      said = run(*self.BENCHMARK[1:], "--topology=v3:2x2", *flag.split())
     self.assertRegex(said, message)
     self.assertEqual(tried, expected)
     self.assertEqual([int(n) for n in re.findall("^Compiling .*--grad_accum=(.)", said, re.M)], expected)
