@@ -236,7 +236,7 @@ def attention_probs(q, k):
 def attention(p, x, config):
   """Multi-head self-attention, [B, L, D] -> [B, L, D]."""
   q, k, v = queries_keys_values(p, x)
-  # cuDNN never stores the L x L matrices. It takes bfloat16; an odd L, which a [cls] token makes, is
+  # cuDNN never stores the L x L matrices. It takes bfloat16; an odd L, as with a [cls] token, is
   # not for every version of JAX. Elsewhere it is two products, the first recomputed in float32.
   if config.attention == "cudnn" and x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0:
     y = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
