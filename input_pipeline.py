@@ -139,7 +139,7 @@ def _batches(records_from, example, finish, rows, start_step, steps=-1):
 
 def _named(error, records, example):
   """The DatasetError for an error of TensorFlow, which names the first bad record."""
-  name = "unknown"
+  name = "in the files of the data set"
   try:
     for place, record in records:
       name = record_name(record)

@@ -286,7 +286,7 @@ def load(path, **given):
     stored = config_of_checkpoint(arrays) if "flags" in arrays else config_of_shapes(params)
     config = stored._replace(**given)
     table = parameter_table(config)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise WeightsError(f"--init={path}: no ViT in it that this code knows ({error})") from None
   for field, old, new in zip(Config._fields, stored, config):
     if old != new and field not in ("image_size", "num_classes", "dtype"):

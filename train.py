@@ -336,7 +336,7 @@ def main(_):
                    FLAGS.log_every)
   background = futures.ThreadPoolExecutor(1)
   saved = background.submit(lambda: FLAGS.workdir)  # the last checkpoint, once it is written
-  unread, stop = [], 0  # metrics of steps; the number of a signal
+  unread, stop = None, 0  # the last step and its metrics; the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
       log(f"Evaluation at step {step}:")
@@ -345,17 +345,19 @@ def main(_):
       break
     state, metrics = train_step(state, to_devices(by_rows, run_log.next_batch(batches)))
     step += 1
-    stop = agreed_signal(step, FLAGS.log_every)
-    save = (stop or step == total_steps or step % FLAGS.eval_every == 0
-            or step % FLAGS.checkpoint_every == 0)
     # To read metrics is to wait for their step: for the one before, so that the device has work.
-    unread.append((step, metrics))
-    while len(unread) > (0 if save else 1):
-      run_log.step(*read_metrics(*unread.pop(0)))  # raises before it is saved
-    if save and jax.process_index() == 0:
+    if unread:
+      run_log.step(*read_metrics(*unread))
+    unread = step, metrics
+    stop = agreed_signal(step, FLAGS.log_every)
+    if (stop or step == total_steps or step % FLAGS.eval_every == 0
+        or step % FLAGS.checkpoint_every == 0):
+      run_log.step(*read_metrics(*unread))  # raises before it is saved
+      unread = None
       saved.result()  # until the checkpoint before is written
-      copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
-      saved = background.submit(save_checkpoint, FLAGS.workdir, copy, about)
+      if jax.process_index() == 0:
+        copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
+        saved = background.submit(save_checkpoint, FLAGS.workdir, copy, about)
   if stop:
     log(f"Stopped after step {step}; the same command goes on from {saved.result()}.")
     sys.exit(128 + stop)
