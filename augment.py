@@ -67,7 +67,7 @@ def eval_image(image_bytes, image_size=224):
 
 def scale(images):
   """uint8 [0, 255] -> float32 [-1, 1], of any shape."""
-  # x / 127.5 - 1, so that 255 gives exactly 1 even where XLA multiplies by the reciprocal.
+  # x / 127.5 - 1, but 255 gives exactly 1 even where XLA multiplies by the reciprocal.
   return (tf.cast(images, tf.float32) - 127.5) / 127.5
 
 
@@ -75,7 +75,7 @@ def rand_augment(image, seed, num_layers=2, magnitude=10, flip=False):
   """RandAugment (arXiv 1909.13719): operations, drawn uniformly and with replacement.
 
   Args:
-    image: [H, W, 3] in [0, 255], H and W known when the graph is built; truncated to uint8.
+    image: [H, W, 3] in [0, 255], H and W static; truncated to uint8.
     seed: int [2].
     flip: bool [], whether to mirror the image first, in the same pass over it.
   """
@@ -135,8 +135,8 @@ def mixup(images, labels, seed, p=0.2, dtype=tf.float32):
   Returns:
     images of that dtype and labels, a * x + (1 - a) * roll(x, 1, axis=0).
   """
-  # a / (a + b) of two Gammas is Beta. At p = 0.2 both underflow to 0 in float32 now and then, hence
-  # float64, in which they do only below p = 0.01; there 1e-300 makes 1 of 0 / 0.
+  # a / (a + b) of two Gammas is Beta. At small p, both may underflow to 0: in float64 only below
+  # p = 0.01, where 1e-300 makes 1 of 0 / 0.
   gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
   return _mix(images, a, dtype), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)

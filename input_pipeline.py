@@ -15,7 +15,6 @@ import functools
 import itertools
 import os
 import random
-import re
 import types
 
 import numpy as np
@@ -88,8 +87,9 @@ def eval_batches(dataset, split, batch_size, eval_image=augment.eval_image, *, l
   Args:
     eval_image: function(encoded image) -> uint8 [I, I, 3].
     label: the feature that holds the label, or the set of right labels ("real_label").
-    The rest are as in `train_batches`, as is what it yields and raises; but labels are 1 for each
-      right answer, and mask, bool [b], says which rows are examples and do not only fill up.
+
+  Yields: as `train_batches`, but labels are 1 for each right answer, and mask, bool [b], is False
+    where a row only fills up.
   """
   rows, num_classes = batch_size // process_count, len(class_names(dataset, label))
   read, largest = record_reader(dataset, label), -(-split_size(dataset, split) // process_count)
@@ -142,7 +142,9 @@ def _named(error, records, example):
   name = "in the files of the data set"
   try:
     for place, record in records:
-      name = record_name(record)
+      # The path of an image, or of a file of TFDS and the number in it.
+      name = record["path"].numpy().decode("utf-8", "backslashreplace")
+      name += f"#{record['number'].numpy()}" if "number" in record else ""
       example(place, record)
   except tf.errors.OpError as found:
     error = found
@@ -152,7 +154,7 @@ def _named(error, records, example):
 
 # --- Records and their order ---
 
-# Of the order of records; to be raised when it changes, as no run resumes in another one.
+# The order of records; raise it when that changes: no run resumes in another one.
 ORDER = 1
 
 
@@ -221,7 +223,7 @@ def _ranges(dataset, split):
 
 
 def read_records(dataset, split, seed=None):
-  """Every record of a split once, as it is stored, for `record_reader` and `record_name`.
+  """Every record of a split once, as it is stored, for `record_reader`.
 
   seed: [2], for a random order of TFDS' files; folders have a fixed one.
   """
@@ -258,12 +260,6 @@ def record_reader(dataset, label="label"):
         record["example"], decoders={"image": tfds.decode.SkipDecoding()})
     return example["image"], example[label]
   return read
-
-
-def record_name(record):
-  """The path of an image, or of a file of TFDS and the number in it."""
-  path = record["path"].numpy().decode("utf-8", "backslashreplace")
-  return f"{path}#{record['number'].numpy()}" if "number" in record else path
 
 
 # --- Data sets ---
@@ -333,7 +329,7 @@ class Folder:
     found, self.files = {}, {}  # found: {split: {class: paths}}
     for folder, folders, names in tf.io.gfile.walk(root) if "://" in root else os.walk(
         root, onerror=refuse, followlinks=True):
-      here = os.path.realpath(folder) + "/"  # links to what it is in lead here again
+      here = os.path.realpath(folder) + "/"  # a link to a folder above would never end
       folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX" and
                     not here.startswith(os.path.realpath(os.path.join(folder, name)) + "/")]
       split, *below = os.path.relpath(folder, root).split("/")

@@ -52,8 +52,8 @@ class Config(NamedTuple):
   posemb: str = "sincos2d"
   pool: str = "gap"
   head: str = "mlp"
-  num_classes: int = 1000  # C; 0: there is no head
-  dtype: str = "bfloat16"  # of products in the blocks and of what lies between them
+  num_classes: int = 1000  # C; 0: a file without a head
+  dtype: str = "bfloat16"  # of products before the head and of what lies between them
 
   @property
   def sizes(self):
@@ -74,7 +74,7 @@ class Config(NamedTuple):
 def parameter_table(config=Config()):
   """{name: (shape, initialiser)}, in the order of the layers; WeightsError as of `config.sizes`."""
   P, D, blocks, M, N = config.sizes
-  H, L, C = D // N, (config.image_size // P) ** 2, config.num_classes
+  H, patches, C = D // N, (config.image_size // P) ** 2, config.num_classes
   initializers = jax.nn.initializers
   zeros, ones, normal = initializers.zeros, initializers.ones, initializers.normal
   xavier = initializers.xavier_uniform
@@ -94,7 +94,7 @@ def parameter_table(config=Config()):
 
   layer("embedding", (P, P, 3, D), lecun)
   if config.posemb == "learned":
-    table["pos_embedding"] = (1, L, D), normal(1 / math.sqrt(D))
+    table["pos_embedding"] = (1, patches, D), normal(1 / math.sqrt(D))
   if config.pool == "cls":
     table["cls"] = (1, 1, D), zeros
   for i in range(blocks):
@@ -145,7 +145,7 @@ def unflatten(flat):
 def forward(params, images, config=Config()):
   """Images in [-1, 1], [B, I, I, 3] of any float type -> logits [B, C] float32.
 
-  Blocks compute in `config.dtype`; residual stream, LayerNorm, softmax and head are float32.
+  Embedding and blocks are in `config.dtype`; residual stream, LayerNorm, softmax, head in float32.
   """
   _, _, blocks, *_ = config.sizes
   x = embed(params, images, config)
@@ -205,7 +205,7 @@ def attention(p, x):
 
 def attention_probs(q, k):
   """softmax(q k^T / sqrt(H)) of [B, L, N, H], computed in float32: [B, N, L, L]."""
-  # Their derivatives are float32 products: "highest" would make those of bfloat16 slow.
+  # As scores are float32, so are the derivatives' products: "highest" would make them slow.
   precision = "highest" if q.dtype == jnp.float32 else "default"
   scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=precision,
                       preferred_element_type=jnp.float32)
@@ -231,7 +231,7 @@ def mlp(p, x):
 
 
 def recomputed(function, x):
-  """In float32, as on a CPU, to compute it again for the gradient is faster than to keep it."""
+  """The function; float32 computes it again for its gradient: on a CPU, keeping is slower."""
   return jax.checkpoint(function) if x.dtype == jnp.float32 else function
 
 
@@ -242,8 +242,8 @@ def dense(equation, p, x):
   return (rounded_product(equation, x, p["kernel"]) + p["bias"]).astype(x.dtype)
 
 
-# bfloat16 has 8 bits: 256 + 1 is 256 there. Autodiff would round a kernel's gradient to it before
-# the devices add up theirs. Hence this derivative by hand, which leaves it float32.
+# bfloat16 has 8 significant bits: 256 + 1 is 256. Autodiff would round a kernel's gradient to it
+# before the devices add up theirs. Hence this derivative by hand, which leaves it float32.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rounded_product(equation, x, kernel):
   """`einsum(equation, x, kernel)` of x bfloat16 and a kernel float32, which is rounded for it."""
@@ -320,7 +320,7 @@ def read_npz(path):
       file = open(path, "rb")
     with file, np.load(file) as npz:
       arrays = {name: npz[name] for name in npz.files}
-  except Exception as error:  # whatever the file system, zipfile and numpy make of something else
+  except Exception as error:  # of the file system, zipfile or numpy
     raise WeightsError(f"{path} is no .npz file that can be read: {error}") from None
   return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in arrays.items()}
 

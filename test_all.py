@@ -29,7 +29,7 @@ from absl.testing import flagsaver
 from absl.testing import parameterized
 
 CACHE = tempfile.TemporaryDirectory()  # of what XLA compiles: many tests run the same few programs
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name,
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
@@ -114,12 +114,10 @@ def numpy_forward(p, images):
 class ModelTest(parameterized.TestCase):
 
   def test_published_counts(self):
-    for posemb, pool, *counts in (
-        ("sincos2d", "gap", 22_122_472, 21_974_632), ("sincos2d", "cls", 22_122_856, 21_975_016),
-        ("learned", "gap", 22_197_736, 22_049_896), ("learned", "cls", 22_198_120, 22_050_280)):
-      for head, count in zip(("mlp", "linear"), counts):
-        shapes = shapes_of(model.Config(posemb=posemb, pool=pool, head=head))
-        self.assertEqual(sum(map(math.prod, shapes.values())), count)
+    for fields, count in (({}, 22_122_472), ({"pool": "cls"}, 22_122_856),
+                          ({"posemb": "learned"}, 22_197_736), ({"head": "linear"}, 21_974_632)):
+      shapes = shapes_of(model.Config(**fields))
+      self.assertEqual(sum(map(math.prod, shapes.values())), count)
 
   PUBLISHED = """
       embedding/kernel 16,16,3,384 lecun 768
@@ -177,12 +175,11 @@ class ModelTest(parameterized.TestCase):
   def test_an_array_depends_on_seed_and_name_only(self):
     one, other, again = (model.flatten(model.init_params(seed, model.Config("mu/16", *more)))
                          for seed, *more in ((1, 32), (1, 64, "learned", "cls"), (2, 32)))
-    for name in one.keys() & other.keys() - {"head/kernel", "head/bias"}:
-      same(one[name], other[name], name)
-    block = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0"
-    for x, y in ((one[f"{block}/query/kernel"], one[f"{block}/key/kernel"]),
-                 (one["embedding/kernel"], again["embedding/kernel"])):
-      self.assertGreater(abs(x - y).max(), 0.01)
+    for name, x in one.items():
+      same(x, other[name], name)
+    name = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
+    for x in (one[name.replace("query", "key")], again[name]):
+      self.assertGreater(abs(x - one[name]).max(), 0.01)
 
   @parameterized.product(posemb=["sincos2d", "learned"], pool=["gap", "cls"],
                          head=["mlp", "linear"])
@@ -413,12 +410,11 @@ class MethodTest(parameterized.TestCase):
     close(one["learning_rate"], [0, 5e-4, 1e-3], rtol=1e-6)
     close(one["param_norm"][2], norm(state["params"]), rtol=1e-6)  # of after the update
     self.assertEqual(state["step"], 3)
-    for devices, grad_accum in ((8, 1), (2, 4)):
-      other, state = train_steps(batches, devices, warmup_steps=2, grad_accum=grad_accum)
-      for name in first:
-        close(other[name], one[name], rtol=2e-5, err_msg=f"{name} {devices} {grad_accum}")
-      for name, x in model.flatten(state["params"]).items():
-        close(x, flat[name], atol=5e-4, err_msg=name)
+    other, state = train_steps(batches, 8, warmup_steps=2, grad_accum=2)
+    for name in first:
+      close(other[name], one[name], rtol=2e-5, err_msg=name)
+    for name, x in model.flatten(state["params"]).items():
+      close(x, flat[name], atol=5e-4, err_msg=name)
 
   @cases(1, 2)
   def test_what_a_fork_adds_reaches_the_loss(self, grad_accum):
@@ -474,7 +470,9 @@ class MethodTest(parameterized.TestCase):
     self.assertEqual(counts, {"f32": len(jax.tree.leaves(state["params"])) + 1})
 
   def test_imports_have_no_effect(self):
-    subprocess.run([sys.executable, "-c", """if True:
+    """And a generator that is dropped says nothing."""
+    root = write_folder(self.create_tempdir().full_path, {"train/cat/1.jpg": encoded()})
+    script = subprocess.run([sys.executable, "-c", f"""if True:
         import sys, jax, model
         try:
           model.load("/nowhere.npz")
@@ -486,7 +484,12 @@ class MethodTest(parameterized.TestCase):
         assert not jax._src.xla_bridge.backends_are_initialized()
         import tensorflow.python.eager.context as context
         assert not context.context()._initialized  # with the GPUs it may see
-        """], cwd=HERE, check=True)
+        import input_pipeline as inputs
+        batches = inputs.eval_batches(inputs.open_dataset({root!r}), "train", 2)
+        next(batches)
+        """], cwd=HERE, capture_output=True, text=True)
+    self.assertEqual(script.returncode, 0, script.stderr)
+    self.assertNotRegex(script.stderr, "ignored|Traceback")
 
 
 # --- augment.py ---
@@ -665,17 +668,17 @@ class AugmentTest(parameterized.TestCase):
       for got, x in ((labels, np.eye(4)), (mixed, scaled)):
         close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
 
-  def test_mixup_proportions_at_small_p(self):
+  @cases(0.2, 0.02, 0.005)  # the least with draws below what float32 and float64 hold
+  def test_mixup_proportions(self, p):
     def proportion(i):
-      return augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]))[1][0]
-    proportions = tf.data.Dataset.range(20_000).map(proportion)
+      return augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), p)[1][0]
+    proportions = tf.data.Dataset.range(4000).map(proportion)
     a, b = np.array(list(proportions.as_numpy_iterator())).T
-    self.assertTrue(np.isfinite(a).all())
     close(a + b, 1, atol=1e-6)
     self.assertGreaterEqual(a.min(), 0.5)
-    beta = default_rng(0).beta(0.2, 0.2, 20_000)
+    beta = default_rng(0).beta(p, p, 20_000)
     for q in (0.1, 0.3, 0.5, 0.7):
-      close(np.quantile(a, q), np.quantile(np.maximum(beta, 1 - beta), q), atol=0.02)
+      close(np.quantile(a, q), np.quantile(np.maximum(beta, 1 - beta), q), atol=0.03)
 
   def test_random_crops(self):
     """Area and aspect ratio of the boxes, from pixels that say where they are; a JPEG's, too."""
@@ -691,7 +694,7 @@ class AugmentTest(parameterized.TestCase):
       if i < 5:
         close(augment.decode_random_crop(jpeg, (0, i)).numpy().astype(int), crop, atol=5)
     h, w, _ = np.array(shapes).T
-    for value, least, most in ((h * w / (200 * 250), (0.049, 0.12), (0.8, 1)),
+    for value, least, most in ((h * w / (200 * 250), (0.049, 0.07), (0.8, 1)),
                                (w / h, (0.74, 0.8), (1.25, 1.36))):
       self.assertBetween(value.min(), *least)
       self.assertBetween(value.max(), *most)
@@ -788,7 +791,8 @@ def encoded(size=(40, 30), mode="RGB", kind="JPEG", color=None):
 
 
 def names_of(records):
-  return [inputs.record_name(x) for x in records]
+  return [os.fsdecode(x["path"].numpy()) + (f"#{x['number']}" if "number" in x else "")
+          for x in records]
 
 
 class InputTest(parameterized.TestCase):
@@ -797,7 +801,7 @@ class InputTest(parameterized.TestCase):
     super().setUp()
     self.numbers = numbers_dataset()
 
-  def train_batches(self, batch_size=8, dataset=None, split="train", layers=2, **kwargs):
+  def train_batches(self, batch_size=8, dataset=None, split="train", layers=0, **kwargs):
     train_image = functools.partial(augment.train_image, image_size=32, randaug_layers=layers)
     kwargs = dict(dtype="float32", seed=3) | kwargs
     return inputs.train_batches(dataset or self.numbers, split, batch_size, train_image,
@@ -857,15 +861,16 @@ class InputTest(parameterized.TestCase):
         inputs.split_size(self.numbers, split)
 
   def test_a_batch_is_a_function_of_its_number(self):
-    batches = take(self.train_batches(), 14)  # two epochs and a bit
+    batches = take(self.train_batches(layers=2), 14)  # two epochs and a bit
     self.assertEqual(batches[0]["images"].shape, (8, 32, 32, 3))
     self.assertLessEqual(abs(batches[0]["images"]).max(), 1 + 1e-6)
     smallest = {x["labels"][x["labels"] > 0].min() for x in batches}
     self.assertGreater(len(smallest), 7)  # each is mixed in its own proportion
     for start in (3, 13):
       with patch(inputs, "THREADS", 1):
-        jax.tree.map(same, batches[start], next(self.train_batches(start_step=start)))
-    images = next(self.train_batches(seed=4))["images"]
+        again = next(self.train_batches(layers=2, start_step=start))
+        jax.tree.map(same, batches[start], again)
+    images = next(self.train_batches(layers=2, seed=4))["images"]
     self.assertGreater(abs(images - batches[0]["images"]).max(), 0.1)
 
   def test_processes_mix_in_one_proportion(self):
@@ -880,7 +885,7 @@ class InputTest(parameterized.TestCase):
     self.assertLen(proportions, 1)
 
   def test_images_and_labels_belong_together(self):
-    batch, half = (next(self.train_batches(50, layers=0, mixup_p=0, dtype=dtype))
+    batch, half = (next(self.train_batches(50, mixup_p=0, dtype=dtype))
                    for dtype in ("float32", "bfloat16"))
     self.assertEqual(half["images"].dtype, jnp.bfloat16)
     close(np.float32(half["images"]), batch["images"], atol=2 ** -9)
@@ -925,18 +930,7 @@ class InputTest(parameterized.TestCase):
       next(self.train_batches(batch_size, split="validation", process_count=n, **kwargs))
     next(self.train_batches(batch_size, process_count=n, mixup_p=0))
 
-  def test_a_dropped_generator_is_silent(self):
-    script = f"""if True:
-        import input_pipeline as inputs
-        dataset = inputs.open_dataset({self.folder()!r})
-        batches = inputs.train_batches(dataset, "train", 2)
-        next(batches)"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
-    self.assertEqual(run.returncode, 0)
-    self.assertNotRegex(run.stderr, "ignored|Traceback")
-
-  def folder(self, files=()):
-    files = dict(files) or {f"train/c{i % 2}/{i}.jpg": encoded() for i in range(4)}
+  def folder(self, files):
     return write_folder(self.create_tempdir().full_path, files)
 
   def test_folder_of_any_images(self):
@@ -985,6 +979,9 @@ class InputTest(parameterized.TestCase):
       os.remove(file)
     masks = [batch["mask"].sum() for batch in self.eval_batches(4, data, "train[90%:]")]
     self.assertEqual(sum(masks), 6)
+    one, two = ([files.index(name) % 30 for name in names_of(
+        inputs.shuffled_records(data, "train", 3, 0, i, 2).take(30))] for i in range(2))
+    self.assertNotEqual(one, two)  # each process shuffles by seeds of its own
 
   BAD = {
       "text.jpg": b"no image", "cut.jpg": encoded((300, 300))[:400],
@@ -1104,7 +1101,7 @@ class Case(parameterized.TestCase):
     return [f"--dataset={self.data}", f"--workdir={self.workdir}", "--variant=mu/8",
             "--image_size=16", "--batch_size=8", "--epochs=4", "--train_split=train",
             "--eval=validation", "--warmup_steps=2", "--dtype=float32", "--log_every=1",
-            "--checkpoint_every=5", *more]
+            "--checkpoint_every=5", "--randaug_layers=0", *more]
 
   def run_it(self, *more):
     return run(*self.flags(*more))
@@ -1211,7 +1208,7 @@ class WeightsTest(Case):
     for names in (COLORS, (), tuple("012"), COLORS[1:] + COLORS[:1]):
       np.savez(out, **{name: x for name, x in arrays.items() if names or name[:6] == "params"}
                | ({"label_names": np.array(names)} if names else {}))
-      log = self.run_it(f"--init={out}", "--randaug_layers=0", "--mixup=0", "--epochs=1",
+      log = self.run_it(f"--init={out}", "--mixup=0", "--epochs=1",
                         f"--workdir={self.root}/{names}")
       if names in (COLORS, ()):
         self.assertRegex(self.run_it("--eval_only", f"--init={out}"), r"top-1 +(9\d|100)\.")
@@ -1220,7 +1217,7 @@ class WeightsTest(Case):
       else:
         self.refused(f"--eval=validation has 3 classes, .*'red'.*model 3, .*{names[0]}",
                      "--eval_only", f"--init={out}")
-        self.assertRegex(log, f"Starting with a new head: --init has other .*{names[0]}")
+        self.assertRegex(log, f"Starting with a new head: --init has 3 other .*{names[0]}")
         self.assertAlmostEqual(float(losses(log)["1"]), math.log(3), places=3)
     headless = self.weights(change={"head/kernel": None, "head/bias": None})
     self.refused("needs --init=FILE.npz with a head", "--eval_only", f"--init={headless}")
@@ -1262,21 +1259,6 @@ class CheckpointTest(Case):
     with np.load(path) as file:  # as in the README
       same(file["params/head/kernel"], expected["params"]["head"]["kernel"])
       self.assertEqual(file["label_names"].tolist(), ["a", "b"])
-
-  def test_a_crash_leaves_the_last_good_one(self):
-    size = os.path.getsize(self.save(1))
-    for limit in (0, size // 3, size - 1, None):
-      def crash(path, mode, overwrite=None):
-        if limit is not None:
-          with open(path, "wb") as f, open(train.checkpoints(self.workdir)[0], "rb") as good:
-            f.write(good.read(limit))
-        raise OSError("power cut")
-      with patch(tf.io.gfile, "rename" if limit is None else "GFile", crash):
-        self.assertRaisesRegex(OSError, "power cut", self.save, 2)
-      self.assertEqual(int(self.restore()[0]["step"]), 1)
-    self.save(2)
-    self.assertEqual(int(self.restore()[0]["step"]), 2)
-    self.assertLen(os.listdir(self.workdir), 2)
 
   @cases("cut", "text", "flipped bit", "pickle")
   def test_a_damaged_file_is_named(self, damage):
@@ -1339,9 +1321,8 @@ class RunTest(Case):
 
   def test_a_run_and_its_log(self):
     """With the flags of the report's "Original", in passing."""
-    flag = ("--pool=cls", "--head=linear", "--posemb=learned", "--randaug_layers=0", "--mixup=0",
-            "--grad_clip_norm=0", "--log_every=9", "--eval_every=15", "--eval=train[80%:],val",
-            "--workdir=~/run")
+    flag = ("--pool=cls", "--head=linear", "--posemb=learned", "--mixup=0", "--grad_clip_norm=0",
+            "--log_every=9", "--eval_every=15", "--eval=train[80%:],val", "--workdir=~/run")
     os.rename(f"{self.data}validation", f"{self.data}val")  # a folder's own split of this name
     self.addCleanup(os.rename, f"{self.data}val", f"{self.data}validation")
     clock = iter(np.arange(0, 1e6, 10.0))
@@ -1383,30 +1364,34 @@ class RunTest(Case):
     self.refused(r"label_names=.*'green'.*\(now .*'wasp'", f"--dataset={data}", "--epochs=5")
 
   def test_a_signal_ends_a_run_and_it_goes_on(self):
-    whole = f"{self.root}/whole"
-    self.run_it(f"--workdir={whole}", "--eval_every=7")
+    whole, more = f"{self.root}/whole", ("--eval_every=7", "--randaug_layers=2")
+    self.run_it(f"--workdir={whole}", *more)
     step = train.read_metrics
     def interrupted(number, metrics):
       if number == 6:
-        train.received_signal = 15
+        train.handle_signal(15, None)
+        signal.signal.assert_called_with(signal.SIGINT, signal.SIG_DFL)  # for a second one
       return step(number, metrics)
     with patch(train, "read_metrics", interrupted):
-      log = self.run_it("--eval_every=7")
+      log = self.run_it(*more)
     # The metrics of step 6 are read during step 7, whose evaluation is made up for.
     self.assertRegex(log, "Stopped after step 7; the same command goes on .*\n\nexit: 143$")
     self.assertEqual(self.steps(), [5, 7])
-    again = self.run_it("--eval_every=7")
+    again = self.run_it(*more)
     self.assertEqual(re.findall("Resuming after step (.*) from|Evaluation at step (.*):", again),
                      [("7", ""), ("", "7"), ("", "14"), ("", "20")])
     self.assert_same_state(whole, self.workdir)
 
   def test_a_full_disk(self):
-    rename = tf.io.gfile.rename
-    def full(old, new, **kwargs):
-      if "15" in new:
-        raise OSError(28, "No space left on device")
-      rename(old, new, **kwargs)
-    with patch(tf.io.gfile, "rename", full):
+    """A checkpoint of which a part is written is none."""
+    gfile = tf.io.gfile.GFile
+    def full(path, mode):
+      if path.endswith("log.jsonl") or self.steps() != [5, 10]:
+        return gfile(path, mode)
+      with gfile(path, mode) as f:
+        f.write(b"PK")
+      raise OSError(28, "No space left on device")
+    with patch(tf.io.gfile, "GFile", full):
       self.refused("No space left on device. Checkpoints are whole: mend this and start it again")
     self.assertEqual(self.steps(), [5, 10])
     self.assertIn("Resuming after step 10", self.run_it())
@@ -1461,45 +1446,40 @@ class RunTest(Case):
     return "".join(log)
 
   def test_killed_at_random_the_run_is_the_same(self):
-    more = "--epochs=40", "--checkpoint_every=1", "--randaug_layers=0"
+    more = "--epochs=16", "--checkpoint_every=1"
     rng, reached = default_rng(0), 0
     whole = losses(self.run_it(*more, f"--workdir={self.root}/whole"))
-    self.assertLen(whole, 200)
-    for kill in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, 0):
+    self.assertLen(whole, 80)
+    for kill, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
       process = self.start(*more, devices=8)  # it is nearly always writing a checkpoint
-      log = self.read(process, f"^step {reached + rng.integers(2, 9)}/" if kill else None)
+      log = self.read(process, f"^step {reached + rng.integers(2, 9)}/")
       if kill == signal.SIGKILL:
         self.assertIn("another run uses --workdir", self.run_it(*more))
-      if kill == signal.SIGINT:  # `| tee log` ends with Ctrl-C, too
+      else:  # `| tee log` ends with Ctrl-C, too
         process.stdout.close()
-      if kill:
-        process.send_signal(kill)
-      log += "" if kill == signal.SIGINT else self.read(process)
-      self.assertEqual(process.wait(60), {0: 0, 9: -9}.get(int(kill), 128 + kill), log)
+      process.send_signal(kill)
+      self.assertEqual(process.wait(60), code)
       self.assertLessEqual(losses(log).items(), whole.items())
       reached = self.steps()[-1]
-    self.assertRegex(log, "(?s)Resuming after step.*Done")
+    log = self.run_it(*more)
+    self.assertLessEqual(losses(log).items(), whole.items())
+    self.assertRegex(log, f"(?s)Resuming after step {reached} .*Done")
     self.assert_same_state(f"{self.root}/whole", self.workdir)
 
   def pair(self, *more):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       more += f"--coordinator=127.0.0.1:{s.getsockname()[1]}", "--num_processes=2"
-    return [self.start(*more, f"--process_id={i}", "--batch_size=16", "--log_every=4",
-                       "--randaug_layers=0", stderr=subprocess.STDOUT) for i in range(2)]
+    return [self.start("--epochs=12", *more, f"--process_id={i}", "--batch_size=16",
+                       "--log_every=4", stderr=subprocess.STDOUT) for i in range(2)]
 
   def test_two_processes(self):
-    """One that is lost; a run of both; stopped by a signal to the second one, and resumed."""
+    """One is lost; a signal to the second one stops both; resumed, they end as one would here."""
     ended = lambda pair: [process.communicate(timeout=200)[0] for process in pair]
     lost = self.pair(f"--workdir={self.root}/lost", "--epochs=4000")
     self.read(lost[0], "^step 8/")
     lost[1].kill()  # the heartbeat takes half a minute
-    whole = self.pair(f"--workdir={self.root}/whole", "--epochs=12")
-    log, second = ended(whole)
-    self.assertEqual([process.returncode for process in whole], [0, 0], log + second)
-    self.assertRegex(log, "(?s)Waiting for all 2.*30 steps of 16, 40 images.*13 images\nDone")
-    self.assertNotIn("step 1/", second)
-    first = self.pair("--epochs=12")
+    first = self.pair()
     log = self.read(first[0], "^step 4/")
     first[1].send_signal(signal.SIGTERM)
     log += ended(first)[0]
@@ -1507,8 +1487,25 @@ class RunTest(Case):
     stopped = int(re.search("Stopped after step (.*);", log)[1])
     self.assertEqual((stopped % 4, self.steps()[-1]), (0, stopped))
     self.refused(r"process_count=2 \(now 1\)", "--epochs=12")
-    self.assertRegex(ended(self.pair("--epochs=12"))[0], f"Resuming after step {stopped} from")
-    self.assert_same_state(f"{self.root}/whole", self.workdir)
+    again = self.pair()
+    log, second = ended(again)
+    self.assertEqual([process.returncode for process in again], [0, 0], log + second)
+    self.assertRegex(log, f"(?s)Waiting for all 2.*Resuming after step {stopped} from.*30 steps "
+                     "of 16, 40 images.* 13 images\nDone")
+    self.assertNotIn("step 30/", second)
+    replicated, by_rows = shardings(2)
+    init, step = train.make_training(TINY, replicated, by_rows, 30, train.Settings(warmup_steps=2))
+    state = jax.device_put(init(model.init_params(0, TINY)), replicated)
+    image = functools.partial(augment.train_image, image_size=16, randaug_layers=0)
+    data = inputs.open_dataset(self.data)
+    shares = (inputs.train_batches(data, "train", 16, image, dtype="float32", process_index=i,
+                                   process_count=2) for i in range(2))
+    for rows in take(zip(*shares), 30):
+      batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+      state, _ = step(state, jax.device_put(batch, by_rows))
+    arrays = self.arrays()
+    for name, x in model.flatten(state).items():
+      same(arrays[name], x, name)
     self.assertRegex(ended(lost)[0], "another process was lost|another task died")
     self.assertNotEqual(lost[0].returncode, 0)
 

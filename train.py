@@ -40,7 +40,7 @@ import model
 
 FLAGS = flags.FLAGS
 
-# The recipe: a run resumes only with the same values.
+# The recipe: a run resumes only with the same values. The last arguments are bounds.
 flags.DEFINE_float("epochs", 90, "Passes over the training split.", 0)
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices.", 1)
 flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder.")
@@ -110,7 +110,7 @@ def make_optimizer(schedule, settings=Settings()):
   clip = settings.grad_clip_norm
   return optax.chain(
       optax.clip_by_global_norm(clip) if clip else optax.identity(),
-      optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # half the memory
+      optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # mu in 2 bytes
       optax.scale(settings.lr),
       # After the learning rate, hence not multiplied by it: 1e-4 here is 0.1 in other AdamWs.
       optax.add_decayed_weights(settings.weight_decay, mask=kernels),
@@ -118,7 +118,7 @@ def make_optimizer(schedule, settings=Settings()):
       optax.scale(-1.0))
 
 
-# Of logits and labels [B, C]: float32 [B]. The loss and evaluations use it.
+# Of logits and labels [B, C]: float32 [B]; for the loss and evaluations.
 cross_entropy = optax.softmax_cross_entropy
 
 
@@ -139,7 +139,8 @@ def loss_and_grads(params, batch, config, settings=Settings()):
   def add_part(total, part):
     return jax.tree.map(jnp.add, total, grad_fn(params, part, config, settings)), None
 
-  total, _ = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), parts)
+  zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))  # a loss and gradients
+  total, _ = jax.lax.scan(add_part, zeros, parts)
   return jax.tree.map(lambda x: x / n, total)
 
 
@@ -280,17 +281,19 @@ def main(_):
   config = model.Config(**{flag.name: flag.value for flag in model_flags})
   weights, label_names = {}, ()
   if FLAGS.init:
-    typed = {flag.name: flag.value for flag in model_flags if flag.present}
-    weights, config, label_names = model.load(FLAGS.init, **typed)
+    given = {flag.name: flag.value for flag in model_flags if flag.present}
+    weights, config, label_names = model.load(FLAGS.init, **given)
 
   # Data
-  dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1)
+  prepare = jax.process_count() == 1
+  dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir, prepare)
   if FLAGS.eval_only and "head" not in weights:
     raise UserError("--eval_only needs --init=FILE.npz with a head")
   if not FLAGS.eval_only:
     classes = input_pipeline.class_names(dataset)
     if FLAGS.init and (len(classes) != config.num_classes or label_names not in ((), classes)):
-      log(f"Starting with a new head: --init has other classes, {label_names!s:.200}.")
+      log(f"Starting with a new head: --init has {config.num_classes} other classes, "
+          f"{label_names or 'without names'!s:.200}.")
       weights.pop("head", None)
     label_names, config = classes, config._replace(num_classes=len(classes))
   evals = open_evals(
@@ -335,7 +338,7 @@ def main(_):
   run_log = RunLog(FLAGS.workdir, step, total_steps, FLAGS.batch_size, num_examples,
                    FLAGS.log_every)
   background = futures.ThreadPoolExecutor(1)
-  saved = background.submit(lambda: FLAGS.workdir)  # the last checkpoint, once it is written
+  saved = background.submit(lambda: FLAGS.workdir)  # then a checkpoint, once it is written
   unread, stop = None, 0  # the last step and its metrics; the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
@@ -375,7 +378,7 @@ def start_processes(coordinator, num_processes, process_id):
   count = num_processes or max(int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)),
                                os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1)
   if count > 1:
-    print(f"Waiting for all {count} processes of this run ...", flush=True)
+    print(f"Waiting for all {count} processes ...", flush=True)
     jax.distributed.initialize(*given, heartbeat_timeout_seconds=30)
 
 
@@ -467,9 +470,9 @@ def describe_run(recipe_flags, config, label_names, num_examples, window):
   run = {flag.name: flag.value for flag in recipe_flags} | config._asdict() | {
       "label_names": list(label_names), "num_examples": num_examples,
       "process_count": jax.process_count(), "data_order": input_pipeline.ORDER}
-  # What earlier versions do not say. The first one had no smaller windows for larger records.
+  # What earlier versions do not say. The first shuffled 4,096 records at a time, however large.
   earlier = {"num_examples": num_examples, "num_classes": len(label_names), "process_count": 1,
-             "data_order": 0 if window < min(4096, num_examples + 1) else 1}
+             "data_order": 1 if window == 4096 or window > num_examples else 0}
   defaults = {flag.name: flag.default for flag in recipe_flags} | config._field_defaults | earlier
   return {"flags": run, "config": config._asdict(), "defaults": defaults}
 
@@ -503,22 +506,23 @@ def restore_checkpoint(workdir, state, about, allow_changes=False):
   What only one side says must have the other's default. UserError: it is damaged, or of another
   recipe, model or data set.
   """
-  *_, path = None, *checkpoints(workdir)
-  if path is None:
+  found = checkpoints(workdir)
+  if not found:
     return state
+  path = found[-1]
   try:
     arrays = model.read_npz(path)
-  except model.WeightsError:
+    before = about["defaults"] | {"label_names": arrays["label_names"].tolist()} | json.loads(
+        arrays["flags"].item())
+  except (model.WeightsError, LookupError):
     raise UserError(f"{path} is damaged; delete it to go on from the one before") from None
-  before = about["defaults"] | {"label_names": arrays["label_names"].tolist()} | json.loads(
-      arrays["flags"].item())
   now = json.loads(arrays["defaults"].item() if "defaults" in arrays else "{}") | about["flags"]
   changes = [f"{name}={before.get(name)!s:.200} (now {now.get(name, 'unknown')!s:.200})"
              for name in sorted((before.keys() | now.keys()) - NOT_RECIPE)
              if before.get(name) != now.get(name)]
   if changes and not allow_changes:
     raise UserError(f"{path} is of a run with {'; '.join(changes)}. Give the same flags and data, "
-                    "or another --workdir, or --allow_changes to go on with the new ones")
+                    "or another --workdir, or --allow_changes")
   flat = model.flatten(state)
   for name, x in flat.items():
     if name not in arrays or arrays[name].shape != x.shape:
@@ -535,7 +539,7 @@ def run(argv):
       raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
     for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
       if flag.value in ("", []) or isinstance(flag.value, float) and not math.isfinite(flag.value):
-        raise UserError(f"--{flag.name}={flag.value}: expected a value, and a finite one")
+        raise UserError(f"--{flag.name}={flag.value}: expected a finite value")
       if isinstance(flag.value, str):  # after "=", no shell does it
         flag.value = os.path.expanduser(flag.value)
     return main(argv)
@@ -551,7 +555,7 @@ def run(argv):
   if not jax.distributed.is_initialized():
     sys.exit(message)
   print(message, file=sys.stderr, flush=True)
-  os._exit(1)  # a regular exit would wait for the others, which wait, too
+  os._exit(1)  # a regular exit waits for the others
 
 
 if __name__ == "__main__":
