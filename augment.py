@@ -135,8 +135,8 @@ def mixup(images, labels, seed, p=0.2, dtype=tf.float32):
   Returns:
     images of that dtype and labels, a * x + (1 - a) * roll(x, 1, axis=0).
   """
-  # a / (a + b) of two Gammas is Beta. At small p, both may underflow to 0: in float64 only below
-  # p = 0.01, where 1e-300 makes 1 of 0 / 0.
+  # a / (a + b) of two Gammas is Beta. At small p, both may be the least number there is: in float64
+  # only below p = 0.01, where 1e-300 makes it 1.
   gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
   return _mix(images, a, dtype), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
@@ -166,7 +166,7 @@ def blend(a, b, factor):
 
 def auto_contrast(image):
   """Stretches each channel to the full range [0, 255]; a flat channel stays as it is."""
-  # Over rows of 3 * W numbers first, which XLA compiles to vector instructions.
+  # Over rows of 3 * W numbers first, for vector instructions.
   rows = tf.reshape(image, [image.shape[0], -1])
   low, high = (tf.cast(reduce(tf.reshape(reduce(rows, 0), [-1, 3]), 0), tf.float32)
                for reduce in (tf.reduce_min, tf.reduce_max))
@@ -236,7 +236,7 @@ def sharpness(image, factor):
   smooth = (rows[:, :-6] + rows[:, 3:-3] + rows[:, 6:] + 4 * x[1:-1, 3:-3]) // 13
   inner = blend(smooth, flat[1:-1, 3:-3], factor)
   middle = tf.concat([flat[1:-1, :3], inner, flat[1:-1, -3:]], 1)
-  # The filter is not defined on the border.
+  # The border stays as it is.
   return tf.reshape(tf.concat([flat[:1], middle, flat[-1:]], 0), image.shape)
 
 

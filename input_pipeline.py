@@ -297,8 +297,8 @@ def open_dataset(name, data_dir=None, prepare=True):
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, OSError,
           tf.errors.OpError) as error:
     hint = f"; did you mean ./{name} ?" if tf.io.gfile.isdir(name) else ""
-    raise DatasetError(f"--dataset={name} --data_dir={data_dir}: {error}; expected a name in TFDS, "
-                       f"patterns, or a path of SPLIT/CLASS/IMAGE.jpg{hint}") from None
+    raise DatasetError(f"--dataset={name} --data_dir={data_dir}: {error!s:.300}; expected a name "
+                       f"in TFDS, patterns, or a path of SPLIT/CLASS/IMAGE.jpg{hint}") from None
   if builder.info.disable_shuffling:
     print(f"{name} was prepared without shuffling: sorted by class, it trains badly.")
   return builder
@@ -356,7 +356,7 @@ class Folder:
 
 # --- The demo data set ---
 
-# Two-coloured textures of period 1, of u to the right and v down, both from -1/2 to 1/2.
+# Two-coloured textures of period 1, of u to the right and v down, from -1/2 to 1/2.
 PATTERNS = {
     "checks": lambda u, v: u * v < 0,
     "columns": lambda u, v: u < 0,

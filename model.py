@@ -23,7 +23,7 @@ import numpy as np
 
 # name: (D width, number of blocks, M MLP width, N heads)
 VARIANTS = {
-    "demo": (64, 4, 256, 1),  # ours, for the demo on a laptop; all others are published
+    "demo": (64, 4, 256, 1),  # ours, for the demo; all others are published
     "mu": (32, 1, 128, 2),
     "Ti": (192, 12, 768, 3),
     "S": (384, 12, 1536, 6),

@@ -445,11 +445,10 @@ class MethodTest(parameterized.TestCase):
     def eval_step(params, batch):
       return {"count": batch["mask"].sum(), "top1": params, "top5": 2 * params, "loss": 3 * params}
     evals = {"val": lambda: ({"mask": np.arange(8) < count} for count in (8, 6, 2))}
-    with printed() as out:
+    with printed():
       results = train.evaluate(jnp.float32(2), evals, eval_step, shardings()[1])
     self.assertEqual(results, {"val/count": 16, "val/top1": 37.5, "val/top5": 75,
                                "val/loss": 1.125})
-    self.assertRegex(out.getvalue(), r"val  .* 37\.50% .* 75\.00% .* 1\.1250 .* 16 images")
 
   def test_gradients_are_added_between_devices_in_float32(self):
     """As XLA's partitioner writes it: later, a CPU's compiler makes float32 of every sum."""
@@ -668,7 +667,7 @@ class AugmentTest(parameterized.TestCase):
       for got, x in ((labels, np.eye(4)), (mixed, scaled)):
         close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
 
-  @cases(0.2, 0.02, 0.005)  # the least with draws below what float32 and float64 hold
+  @cases(0.2, 0.01, 0.001)  # the last with draws below what float32 and float64 hold
   def test_mixup_proportions(self, p):
     def proportion(i):
       return augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), p)[1][0]
@@ -980,8 +979,8 @@ class InputTest(parameterized.TestCase):
     masks = [batch["mask"].sum() for batch in self.eval_batches(4, data, "train[90%:]")]
     self.assertEqual(sum(masks), 6)
     one, two = ([files.index(name) % 30 for name in names_of(
-        inputs.shuffled_records(data, "train", 3, 0, i, 2).take(30))] for i in range(2))
-    self.assertNotEqual(one, two)  # each process shuffles by seeds of its own
+        inputs.shuffled_records(data, "train", 3, 0, i, 2).take(60))] for i in range(2))
+    self.assertNotIn(one[:30], (one[30:], two[:30]))  # epochs and processes draw their own orders
 
   BAD = {
       "text.jpg": b"no image", "cut.jpg": encoded((300, 300))[:400],
@@ -1067,7 +1066,7 @@ def run(*arguments):
   with flagsaver.flagsaver(), printed() as out, patch(signal, "signal"), \
       patch(train, "received_signal", 0):
     try:
-      train.run(flags.FLAGS(["train.py", *arguments]))
+      assert train.run(flags.FLAGS(["train.py", *arguments])) is None  # which is exit code 0
     except SystemExit as error:
       out.write(f"\nexit: {error.code}")
   gc.collect()  # a workdir is locked as long as an error keeps frames alive
@@ -1260,7 +1259,7 @@ class CheckpointTest(Case):
       same(file["params/head/kernel"], expected["params"]["head"]["kernel"])
       self.assertEqual(file["label_names"].tolist(), ["a", "b"])
 
-  @cases("cut", "text", "flipped bit", "pickle")
+  @cases("cut", "text", "flipped bit", "pickle", "foreign")
   def test_a_damaged_file_is_named(self, damage):
     self.save(1)
     path = self.save(2)
@@ -1270,6 +1269,8 @@ class CheckpointTest(Case):
     with open(path, "wb") as f:
       if damage == "pickle":
         np.savez(f, step=np.array([{}]))
+      if damage == "foreign":
+        np.savez(f, step=1)
       f.write({"cut": data[:-100], "text": b"hello", "flipped bit": data}.get(damage, b""))
     self.assertRaisesRegex(train.UserError, f"{path} is damaged; delete it", self.restore)
     os.remove(path)
@@ -1461,9 +1462,7 @@ class RunTest(Case):
       self.assertEqual(process.wait(60), code)
       self.assertLessEqual(losses(log).items(), whole.items())
       reached = self.steps()[-1]
-    log = self.run_it(*more)
-    self.assertLessEqual(losses(log).items(), whole.items())
-    self.assertRegex(log, f"(?s)Resuming after step {reached} .*Done")
+    self.assertRegex(self.run_it(*more), f"(?s)Resuming after step {reached} .*Done")
     self.assert_same_state(f"{self.root}/whole", self.workdir)
 
   def pair(self, *more):

@@ -61,7 +61,7 @@ flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products and 
 flags.DEFINE_integer("seed", 0, "Of parameters, order of data, augmentations.", 0, 2 ** 57 - 1)
 flags.DEFINE_string("init", None, "The .npz file of weights to start from.")
 
-# These may differ when a run resumes. A new flag is of the recipe unless it is named here.
+# These may differ on resuming. A new flag is of the recipe unless it is named here.
 NOT_RECIPE = {"workdir", "data_dir", "log_every", "eval_every", "checkpoint_every",
               "eval", "eval_only", "allow_changes", "grad_accum", "coordinator", "num_processes",
               "process_id"}
@@ -88,7 +88,7 @@ EVALS = {
 
 
 class UserError(Exception):
-  """Something that the user can mend; only its message is printed."""
+  """What the user can mend; only its message is printed."""
 
 
 # --- The method ---
@@ -226,12 +226,12 @@ def log(message):
   if jax.process_index() == 0:
     try:
       print(message, flush=True)
-    except OSError:  # as of `| tee` after Ctrl-C: from now on to nowhere
+    except OSError:  # `| tee` after Ctrl-C: from now on to nowhere
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_run(total_steps, batch_size, devices, settings):
-  """UserError for what is known to be wrong with a run before any work."""
+  """UserError: what is known to be wrong with a run before any work."""
   if batch_size % (devices * settings.grad_accum):
     raise UserError(f"--batch_size={batch_size}: expected a multiple of {devices} devices times "
                     f"--grad_accum={settings.grad_accum}")
@@ -245,7 +245,7 @@ def read_metrics(step, metrics):
   metrics = {name: value.item() for name, value in metrics.items()}
   if not all(map(math.isfinite, metrics.values())):
     raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint is from before; "
-                    "try a lower --lr or a longer --warmup_steps")
+                    "try a lower --lr or more --warmup_steps")
   return step, metrics
 
 
@@ -262,9 +262,7 @@ def handle_signal(number, _):
 
 def agreed_signal(step, log_every):
   """The signal that some process received, the same on all of them, or 0."""
-  if jax.process_count() == 1:
-    return received_signal
-  if step % log_every:  # to ask is to wait for all
+  if step % log_every and jax.process_count() > 1:  # to ask is to wait for all
     return 0
   return int(multihost_utils.process_allgather(np.int32(received_signal)).max())
 
@@ -293,17 +291,18 @@ def main(_):
     classes = input_pipeline.class_names(dataset)
     if FLAGS.init and (len(classes) != config.num_classes or label_names not in ((), classes)):
       log(f"Starting with a new head: --init has {config.num_classes} other classes, "
-          f"{label_names or 'without names'!s:.200}.")
+          f"{label_names or 'unnamed'!s:.200}.")
       weights.pop("head", None)
     label_names, config = classes, config._replace(num_classes=len(classes))
   evals = open_evals(
       FLAGS.eval, dataset, FLAGS.data_dir, label_names, config.num_classes,
-      batch_size=-(-FLAGS.batch_size // devices) * devices,  # rounded up, for all to have a share
+      batch_size=-(-FLAGS.batch_size // devices) * devices,  # rounded up
       eval_image=functools.partial(augment.eval_image, image_size=config.image_size),
       dtype=config.dtype, **process)
   eval_step = make_eval_step(config, replicated, by_rows)
   if FLAGS.eval_only:
-    return evaluate(to_devices(replicated, weights), evals, eval_step, by_rows)
+    evaluate(to_devices(replicated, weights), evals, eval_step, by_rows)
+    return
 
   # Parameters, optimiser, step
   num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
@@ -385,7 +384,7 @@ def start_processes(coordinator, num_processes, process_id):
 def open_evals(names, dataset, data_dir, label_names, num_classes, batch_size, **eval_args):
   """{name: function() -> batches} of --eval, for a model whose label_names may be (), unknown.
 
-  UserError or DatasetError: one is not there, or of other classes.
+  UserError or DatasetError: one is missing, or of other classes.
   """
   evals = {}
   for name in names:
@@ -452,9 +451,9 @@ class RunLog:
 
 
 def lock_workdir(workdir):
-  """Makes a workdir; locks it, on a local disk, for as long as the returned file is open."""
-  tf.io.gfile.makedirs(workdir)
+  """Makes a workdir; on a local disk, locks it as long as the returned file is open."""
   if "://" not in workdir:
+    os.makedirs(workdir, exist_ok=True)
     lock = open(os.path.join(workdir, "lock"), "w")
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -463,6 +462,8 @@ def lock_workdir(workdir):
     except OSError:  # a disk that knows no locks
       pass
     return lock
+  if not tf.io.gfile.isdir(workdir):
+    tf.io.gfile.mkdir(workdir)  # makedirs would never end where there is no bucket
 
 
 def describe_run(recipe_flags, config, label_names, num_examples, window):
@@ -506,10 +507,9 @@ def restore_checkpoint(workdir, state, about, allow_changes=False):
   What only one side says must have the other's default. UserError: it is damaged, or of another
   recipe, model or data set.
   """
-  found = checkpoints(workdir)
-  if not found:
+  path = (checkpoints(workdir) or [None])[-1]
+  if path is None:
     return state
-  path = found[-1]
   try:
     arrays = model.read_npz(path)
     before = about["defaults"] | {"label_names": arrays["label_names"].tolist()} | json.loads(
@@ -517,7 +517,7 @@ def restore_checkpoint(workdir, state, about, allow_changes=False):
   except (model.WeightsError, LookupError):
     raise UserError(f"{path} is damaged; delete it to go on from the one before") from None
   now = json.loads(arrays["defaults"].item() if "defaults" in arrays else "{}") | about["flags"]
-  changes = [f"{name}={before.get(name)!s:.200} (now {now.get(name, 'unknown')!s:.200})"
+  changes = [f"{name}={before.get(name)!s:.200} (now {now.get(name)!s:.200})"
              for name in sorted((before.keys() | now.keys()) - NOT_RECIPE)
              if before.get(name) != now.get(name)]
   if changes and not allow_changes:
@@ -539,7 +539,7 @@ def run(argv):
       raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
     for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
       if flag.value in ("", []) or isinstance(flag.value, float) and not math.isfinite(flag.value):
-        raise UserError(f"--{flag.name}={flag.value}: expected a finite value")
+        raise UserError(f"--{flag.name}={flag.value}: expected a (finite) value")
       if isinstance(flag.value, str):  # after "=", no shell does it
         flag.value = os.path.expanduser(flag.value)
     return main(argv)
