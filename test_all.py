@@ -667,7 +667,7 @@ class AugmentTest(parameterized.TestCase):
       for got, x in ((labels, np.eye(4)), (mixed, scaled)):
         close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
 
-  @cases(0.2, 0.01, 0.001)  # the last with draws below what float32 and float64 hold
+  @cases(0.2, 0.01, 0.001)  # with draws below what float32 and float64 hold
   def test_mixup_proportions(self, p):
     def proportion(i):
       return augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), p)[1][0]
@@ -1066,7 +1066,7 @@ def run(*arguments):
   with flagsaver.flagsaver(), printed() as out, patch(signal, "signal"), \
       patch(train, "received_signal", 0):
     try:
-      assert train.run(flags.FLAGS(["train.py", *arguments])) is None  # which is exit code 0
+      assert train.run(flags.FLAGS(["train.py", *arguments])) is None  # exit code 0
     except SystemExit as error:
       out.write(f"\nexit: {error.code}")
   gc.collect()  # a workdir is locked as long as an error keeps frames alive
@@ -1385,10 +1385,11 @@ class RunTest(Case):
 
   def test_a_full_disk(self):
     """A checkpoint of which a part is written is none."""
-    gfile = tf.io.gfile.GFile
+    gfile, failed = tf.io.gfile.GFile, []
     def full(path, mode):
-      if path.endswith("log.jsonl") or self.steps() != [5, 10]:
+      if failed or path.endswith("log.jsonl") or self.steps() != [5, 10]:
         return gfile(path, mode)
+      failed.append(path)
       with gfile(path, mode) as f:
         f.write(b"PK")
       raise OSError(28, "No space left on device")
