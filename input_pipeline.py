@@ -287,7 +287,7 @@ def open_dataset(name, data_dir=None, prepare=True):
       try:
         with contextlib.redirect_stdout(None):  # TFDS prints unknown sizes
           builder.download_and_prepare()
-      except Exception:  # is no error if another process has prepared it meanwhile
+      except Exception:  # no error if another process has prepared it
         builder = make(data_dir=data_dir)
         if not builder.info.splits:
           raise
@@ -296,7 +296,7 @@ def open_dataset(name, data_dir=None, prepare=True):
                        f"input_pipeline.open_dataset({name!r}, {data_dir!r})\"")
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, OSError,
           tf.errors.OpError) as error:
-    hint = f"; did you mean ./{name} ?" if tf.io.gfile.isdir(name) else ""
+    hint = f"; did you mean ./{name} ?" if "/" not in name and tf.io.gfile.isdir(name) else ""
     raise DatasetError(f"--dataset={name} --data_dir={data_dir}: {error!s:.300}; expected a name "
                        f"in TFDS, patterns, or a path of SPLIT/CLASS/IMAGE.jpg{hint}") from None
   if builder.info.disable_shuffling:

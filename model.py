@@ -329,7 +329,7 @@ def config_of_checkpoint(arrays):
   """The Config that a checkpoint of train.py states. TypeError: a field of another code matters."""
   if "config" not in arrays:  # as in the first version, whose flags said it
     said = json.loads(arrays["flags"].item()) | {"num_classes": len(arrays["label_names"])}
-    return Config(**{field: said[field] for field in Config._fields})
+    return Config(**{field: said[field] for field in said.keys() & Config._fields})
   said = json.loads(arrays["config"].item())
   defaults = json.loads(arrays["defaults"].item()) if "defaults" in arrays else {"attention": "xla"}
   return Config(**{field: value for field, value in said.items()  # but for unknown ones at default

@@ -315,7 +315,7 @@ class MethodTest(parameterized.TestCase):
         if p.default is not p.empty and (name := names.get(name, name)) in expected:
           self.assertEqual(p.default, expected[name], f"{name} of {function}")
     self.assertEqual(inspect.signature(augment.mixup).parameters["p"].default, 0.2)
-    for flag in ("--lr=-1", "--posemb=none", "--randaug_magnitude=21", f"--seed={2 ** 57}"):
+    for flag in ("--lr=-1", "--posemb=none", "--randaug_magnitude=21", f"--seed={2 ** 32}"):
       with flagsaver.flagsaver(), self.assertRaises(flags.IllegalFlagValueError):
         flags.FLAGS(["train.py", flag])
 
@@ -1306,7 +1306,7 @@ class CheckpointTest(Case):
     path, = train.checkpoints(self.workdir)
     arrays = {name: x for name, x in self.arrays().items() if name not in ("config", "defaults")}
     said = json.loads(arrays["flags"].item()) | {"grad_accum": 2}
-    for name in ("label_names", "num_examples", "num_classes", "process_count", "data_order"):
+    for name in "label_names num_examples num_classes process_count data_order pool".split():
       del said[name]
     np.savez(path, **arrays | {"flags": as_json(said)})
     self.assertEqual(model.load(path)[1:], (TINY, COLORS))
@@ -1394,7 +1394,7 @@ class RunTest(Case):
         f.write(b"PK")
       raise OSError(28, "No space left on device")
     with patch(tf.io.gfile, "GFile", full):
-      self.refused("No space left on device. Checkpoints are whole: mend this and start it again")
+      self.refused("No space left on device. Mend this")
     self.assertEqual(self.steps(), [5, 10])
     self.assertIn("Resuming after step 10", self.run_it())
     self.assertEqual(self.steps(), [15, 20])
@@ -1408,11 +1408,11 @@ class RunTest(Case):
 
   @cases(
       ("--image_size=20", "=20: expected a multiple"),
-      ("--warmup_steps=20", "=20: expected fewer than the run's 20 steps, such as 2"),
+      ("--warmup_steps=20", "=20: expected fewer than the run's 20 steps, such as 2, .*--batch"),
       ("--batch_size=12", "=12: expected a multiple of 8 devices"),
       ("--dataset=nothing", "--dataset=nothing .*TFDS"),
       ("--eval=test", "nothing in 'test', only .*--eval"),
-      ("--workdir=/dev/null/x", "/dev/null is not"), ("stray.jpg", "stray.jpg.*expected flags"),
+      ("--workdir=/dev/null/x", "Not a directory.*null/x"), ("stray.jpg", "stray.jpg.*expected flags"),
       ("--init=/nowhere.npz", "/nowhere.npz is no .npz file that can be read: .*No such file"),
       ("--coordinator=localhost:1", "--num_processes and --process_id go together"),
       ("--num_processes=2 --process_id=1", "--coordinator"), ("--workdir=", "--workdir=: expected"),
@@ -1532,7 +1532,7 @@ class ReadmeTest(Case):
     with contextlib.chdir(self.root):
       log = run(*[flag for flag in mine if not flag.startswith("--init")], "--variant=mu/16",
                 "--image_size=32", "--dtype=float32")
-    self.assertRegex(log, "(?s)26 steps of 32, 42 images.*Done: flowers_run/")
+    self.assertRegex(log, "(?s)66 steps of 32, 42 images.*Done: flowers_run/")
 
   def test_blocks(self):
     blocks = re.findall("^```python\n(.*?)^```", self.text, re.M | re.S)

@@ -57,8 +57,8 @@ flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels; not multiplied by --lr.", 0)
 flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0: off.", 0)
 flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: off.", 0)
-flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products and what is between.")
-flags.DEFINE_integer("seed", 0, "Of parameters, order of data, augmentations.", 0, 2 ** 57 - 1)
+flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products and between them.")
+flags.DEFINE_integer("seed", 0, "Of parameters, order of data, augmentations.", 0, 2 ** 32 - 1)
 flags.DEFINE_string("init", None, "The .npz file of weights to start from.")
 
 # These may differ on resuming. A new flag is of the recipe unless it is named here.
@@ -71,12 +71,12 @@ flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
 flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations.", 1)
 flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; two are kept.", 1)
 flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2 or other splits.")
-flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval instead of training.")
+flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval; no training.")
 flags.DEFINE_bool("allow_changes", False, "Resume although the recipe has changed.")
-flags.DEFINE_integer("grad_accum", 1, "Take a batch in so many parts, to save memory.", 1)
+flags.DEFINE_integer("grad_accum", 1, "Parts to take a batch in, to save memory.", 1)
 flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it.")
 flags.DEFINE_integer("num_processes", None, "How many there are.")
-flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+flags.DEFINE_integer("process_id", None, "This one, from 0.")
 
 # What --eval can name besides splits of --dataset: data set (None: --dataset), split, label.
 EVALS = {
@@ -237,7 +237,8 @@ def check_run(total_steps, batch_size, devices, settings):
                     f"--grad_accum={settings.grad_accum}")
   if total_steps <= settings.warmup_steps:
     raise UserError(f"--warmup_steps={settings.warmup_steps}: expected fewer than the run's "
-                    f"{total_steps} steps, such as {total_steps // 10}, or more --epochs")
+                    f"{total_steps} steps, such as {total_steps // 10}, or more --epochs, or a "
+                    "smaller --batch_size")
 
 
 def read_metrics(step, metrics):
@@ -315,7 +316,7 @@ def main(_):
                   if flag.name not in NOT_RECIPE]
   window = input_pipeline.window_size(dataset, FLAGS.train_split)
   about = describe_run(recipe_flags, config, label_names, num_examples, window)
-  if jax.process_index() == 0:  # the only one to read and write the workdir
+  if jax.process_index() == 0:  # it alone reads and writes the workdir
     lock = lock_workdir(FLAGS.workdir)  # until this process ends
     state = restore_checkpoint(FLAGS.workdir, state, about, FLAGS.allow_changes)
   state = multihost_utils.broadcast_one_to_all(state)
@@ -337,7 +338,7 @@ def main(_):
   run_log = RunLog(FLAGS.workdir, step, total_steps, FLAGS.batch_size, num_examples,
                    FLAGS.log_every)
   background = futures.ThreadPoolExecutor(1)
-  saved = background.submit(lambda: FLAGS.workdir)  # then a checkpoint, once it is written
+  saved = background.submit(lambda: FLAGS.workdir)  # then a checkpoint, once written
   unread, stop = None, 0  # the last step and its metrics; the number of a signal
   while not stop:
     if step >= total_steps or step and step % FLAGS.eval_every == 0:
@@ -479,7 +480,7 @@ def describe_run(recipe_flags, config, label_names, num_examples, window):
 
 
 def checkpoints(workdir):
-  """The files of the checkpoints in a workdir, oldest first."""
+  """The checkpoints in a workdir, oldest first."""
   return [os.path.join(workdir, name) for name in sorted(tf.io.gfile.listdir(workdir))
           if re.fullmatch(r"checkpoint_\d{8}\.npz", name)]
 
@@ -504,8 +505,7 @@ def save_checkpoint(workdir, state, about):
 def restore_checkpoint(workdir, state, about, allow_changes=False):
   """The newest state in a workdir; `state`, which it must resemble, if there is none.
 
-  What only one side says must have the other's default. UserError: it is damaged, or of another
-  recipe, model or data set.
+  What only one side says must have the other's default. UserError: damaged, or of another run.
   """
   path = (checkpoints(workdir) or [None])[-1]
   if path is None:
@@ -546,7 +546,7 @@ def run(argv):
   except (UserError, model.WeightsError, input_pipeline.DatasetError) as error:
     message = str(error)
   except (OSError, tf.errors.OpError) as error:  # of files and disks
-    message = f"{error}. Checkpoints are whole: mend this and start it again"
+    message = f"{error}. Mend this and start again; checkpoints in --workdir are whole"
   except jax.errors.JaxRuntimeError as error:
     if not jax.distributed.is_initialized():
       raise
