@@ -1470,7 +1470,7 @@ class RunTest(Case):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       more += f"--coordinator=127.0.0.1:{s.getsockname()[1]}", "--num_processes=2"
-    return [self.start("--epochs=12", *more, f"--process_id={i}", "--batch_size=16",
+    return [self.start("--epochs=24", *more, f"--process_id={i}", "--batch_size=16",
                        "--log_every=4", stderr=subprocess.STDOUT) for i in range(2)]
 
   def test_two_processes(self):
@@ -1486,21 +1486,21 @@ class RunTest(Case):
     self.assertEqual([process.returncode for process in first], [143, 143], log)
     stopped = int(re.search("Stopped after step (.*);", log)[1])
     self.assertEqual((stopped % 4, self.steps()[-1]), (0, stopped))
-    self.refused(r"process_count=2 \(now 1\)", "--epochs=12")
+    self.refused(r"process_count=2 \(now 1\)", "--epochs=24")
     again = self.pair()
     log, second = ended(again)
     self.assertEqual([process.returncode for process in again], [0, 0], log + second)
-    self.assertRegex(log, f"(?s)Waiting for all 2.*Resuming after step {stopped} from.*30 steps "
+    self.assertRegex(log, f"(?s)Waiting for all 2.*Resuming after step {stopped} from.*60 steps "
                      "of 16, 40 images.* 13 images\nDone")
-    self.assertNotIn("step 30/", second)
+    self.assertNotIn("step 60/", second)
     replicated, by_rows = shardings(2)
-    init, step = train.make_training(TINY, replicated, by_rows, 30, train.Settings(warmup_steps=2))
+    init, step = train.make_training(TINY, replicated, by_rows, 60, train.Settings(warmup_steps=2))
     state = jax.device_put(init(model.init_params(0, TINY)), replicated)
     image = functools.partial(augment.train_image, image_size=16, randaug_layers=0)
     data = inputs.open_dataset(self.data)
     shares = (inputs.train_batches(data, "train", 16, image, dtype="float32", process_index=i,
                                    process_count=2) for i in range(2))
-    for rows in take(zip(*shares), 30):
+    for rows in take(zip(*shares), 60):
       batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
       state, _ = step(state, jax.device_put(batch, by_rows))
     arrays = self.arrays()
