@@ -1543,7 +1543,7 @@ class ReadmeTest(Case):
     write_folder(self.root, {"IMAGE.jpg": encoded((300, 200)), "demo/none": b""})
     os.rename(weights, f"{self.root}/demo/checkpoint_00002970.npz")
     with contextlib.chdir(self.root), \
-        patch(inputs, "open_dataset", lambda _: numbers_dataset()):
+        patch(inputs, "open_dataset", return_value=numbers_dataset()):
       for block, expected in zip(blocks, (
           r"(\w+ \d+\.\d%\n){5}", r"embedding/kernel \(16, 16, 3, 384\)\n(.*\n)+head/bias \(1000",
           "^$", "images/s", r"GiB on each of 8, .* GB moved a step\n.* images/s")):
