@@ -2,7 +2,7 @@
 
 `train_image` and `eval_image` make uint8 images; `mixup` or `scale` brings a batch to [-1, 1].
 
-Shapes: H height, W width, I side of a square image, B batch, C classes; [] is a number.
+Shapes: I side of a square image, B batch, C classes; [] is a number.
 """
 
 import functools
@@ -10,12 +10,12 @@ import math
 
 import tensorflow as tf
 
-# Independent streams of random numbers, at most 64. A new one goes to the end.
+# What draws random numbers, each with seeds of its own. A new name goes to the end, up to 64.
 STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")
 
 
 def seed_for(stream, seed):
-  """The seed [2] of a stream's draw, from (the run's seed, the number of the draw)."""
+  """A stream's seed, int64 [2], from (the run's seed, the number of the draw)."""
   return tf.stack([tf.cast(seed[0] * 64 + STREAMS.index(stream), tf.int64),
                    tf.cast(seed[1], tf.int64)])
 
@@ -26,20 +26,19 @@ def seed_for(stream, seed):
 def train_image(image_bytes, seed, image_size=224, randaug_layers=2, randaug_magnitude=10):
   """An encoded image -> uint8 [I, I, 3]: random crop, resizing, random flip, RandAugment.
 
-  seed: (the run's seed, the index of the example), which give the same image whenever they recur.
-  tf.errors.OpError: TensorFlow cannot decode it.
+  seed: (the run's seed, a number, another one each time). tf.errors.OpError: a bad image.
   """
   image = decode_random_crop(image_bytes, seed_for("crops", seed))
   image = tf.image.resize(image, (image_size, image_size))  # bilinear, without antialiasing
-  flip = tf.random.stateless_uniform([], seed_for("flips", seed)) < 0.5
-  seed = seed_for("rand_augment", seed)
-  return rand_augment(image, seed, randaug_layers, randaug_magnitude, flip)
+  image = tf.cast(image, tf.uint8)  # truncated
+  image = tf.image.stateless_random_flip_left_right(image, seed_for("flips", seed))
+  return rand_augment(image, seed_for("rand_augment", seed), randaug_layers, randaug_magnitude)
 
 
 def decode_random_crop(image_bytes, seed):
   """The "inception crop" (arXiv 1409.4842): a random box of 5 to 100 % of the image, uint8."""
 
-  def box(shape):  # [height, width, channels] -> [y, x, h, w]
+  def box(shape):  # [height, width, channels] -> [row, column, height, width]
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape, tf.zeros([0, 0, 4]), seed, min_object_covered=0.0, aspect_ratio_range=(0.75, 1.33),
         area_range=(0.05, 1.0), max_attempts=100, use_image_if_no_bounding_boxes=True)
@@ -50,15 +49,31 @@ def decode_random_crop(image_bytes, seed):
     return tf.io.decode_and_crop_jpeg(image_bytes, box(shape), channels=3)
 
   def other():
-    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+    image = decode(image_bytes)
     return tf.image.crop_to_bounding_box(image, *tf.unstack(box(tf.shape(image))))
 
   return tf.cond(tf.io.is_jpeg(image_bytes), jpeg, other)
 
 
+def decode(image_bytes):
+  """An encoded image -> uint8 [height, width, 3]."""
+  # TensorFlow reads an 8-bit BMP as grey, so entry i of its palette must be (i, i, i). They are 4
+  # bytes each, behind a header whose length is byte 14, up to where byte 10 points.
+  head = tf.strings.join([tf.strings.substr(image_bytes, 0, 1200), bytes(1200)])
+  head = tf.cast(tf.io.decode_raw(head, tf.uint8), tf.int32)
+  begin, end, i = head[14] + 14, head[10] + 256 * head[11], tf.range(256)[:, None]
+  grey = (tf.gather(head, begin + 4 * i + tf.range(3)) == i) | (begin + 4 * i >= end)
+  colours = (tf.strings.substr(image_bytes, 0, 2) == "BM") & (head[28] == 8) & ~tf.reduce_all(grey)
+  tf.debugging.Assert(~colours, ["a BMP with a palette of colours"])
+  return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+
+
 def eval_image(image_bytes, image_size=224):
-  """An encoded image -> uint8 [I, I, 3]: shorter side to I * 256 / 224 by area, central crop."""
-  image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+  """An encoded image -> uint8 [I, I, 3]: shorter side to I * 256 / 224 by area, central crop.
+
+  tf.errors.OpError: a bad image.
+  """
+  image = decode(image_bytes)
   sides = tf.cast(tf.shape(image)[:2], tf.float32)
   sides = tf.round(sides * (round(image_size * 256 / 224) / tf.reduce_min(sides)))
   image = tf.image.resize(image, tf.cast(sides, tf.int32), method="area")
@@ -71,42 +86,40 @@ def scale(images):
   return (tf.cast(images, tf.float32) - 127.5) / 127.5
 
 
-def rand_augment(image, seed, num_layers=2, magnitude=10, flip=False):
-  """RandAugment (arXiv 1909.13719): operations, drawn uniformly and with replacement.
+def rand_augment(image, seed, num_layers=2, magnitude=10):
+  """RandAugment (arXiv 1909.13719) of an image, uint8 [height, width, 3], whose shape is static.
 
-  Args:
-    image: [H, W, 3] in [0, 255], H and W static; truncated to uint8.
-    seed: int [2].
-    flip: bool [], whether to mirror the image first, in the same pass over it.
+  Each of `num_layers` layers draws one operation, uniformly and with replacement. seed: int [2].
   """
+  if not num_layers:
+    return image
+  # For each layer: which operation, which sign, and the row and column of a centre.
   draws = tf.random.stateless_uniform([num_layers, 4], seed, alg="philox")
-  return _layers(image, flip, draws, magnitude)
+  return _layers(image, draws, magnitude)
 
 
 @tf.function(jit_compile=True)  # by XLA: single TensorFlow kernels are slow at this
-def _layers(image, flip, draws, magnitude):
-  """The flip, then a layer for each row of draws: which operation, which sign, which centre."""
-  image = tf.cast(image, tf.uint8)
-  image = tf.where(flip, image[:, ::-1], image)
-  H, W, _ = image.shape
+def _layers(image, draws, magnitude):
+  """The image after one operation for each row of draws [layers, 4] in [0, 1)."""
+  height, width, _ = image.shape
 
   def layer(image, draw):
-    center = tf.cast(draw[2:] * (H, W), tf.int32)
-    given = arguments(magnitude, tf.where(draw[1] < 0.5, -1.0, 1.0), center, max(H, W))
+    center = tf.cast(draw[2:] * (height, width), tf.int32)
+    sign = tf.where(draw[1] < 0.5, -1.0, 1.0)
+    given = arguments(magnitude, sign, center, max(height, width))
     return tf.switch_case(tf.cast(draw[0] * len(given), tf.int32),
                           [functools.partial(op, image, *args) for op, args in given.items()])
 
-  # A loop of XLA, in which the operations are compiled once for all layers.
-  return tf.foldl(layer, draws, image) if len(draws) else image
+  return tf.foldl(layer, draws, image)  # a loop: each operation is compiled once for all layers
 
 
 def arguments(magnitude, sign, center, size):
-  """{operation: its arguments}, in the published order.
+  """{operation: its arguments}: what RandAugment draws from, at a magnitude.
 
-  sign is +1 or -1, center (row, column), size the side of the image in pixels.
+  sign: +1 or -1. center: (row, column). size: the side of the image in pixels.
   """
   factor = 1.8 * magnitude / 10 + 0.1
-  pixels = size / 224  # lengths are given for images of 224 pixels
+  ratio = size / 224  # the published lengths in pixels are for images of 224
   return {
       auto_contrast: (), equalize: (), invert: (),
       rotate: (sign * (30 * magnitude / 10),),
@@ -117,38 +130,35 @@ def arguments(magnitude, sign, center, size):
       solarize_add: (int(110 * magnitude / 10),),
       color: (factor,), contrast: (factor,), brightness: (factor,), sharpness: (factor,),
       shear_x: (sign * (0.3 * magnitude / 10),), shear_y: (sign * (0.3 * magnitude / 10),),
-      translate_x: (sign * (100 * magnitude / 10 * pixels),),
-      translate_y: (sign * (100 * magnitude / 10 * pixels),),
-      cutout: (int(int(40 * magnitude / 10) * pixels), center),
+      translate_x: (sign * (100 * magnitude / 10 * ratio),),
+      translate_y: (sign * (100 * magnitude / 10 * ratio),),
+      cutout: (int(int(40 * magnitude / 10) * ratio), center),
   }
 
 
 def mixup(images, labels, seed, p=0.2, dtype=tf.float32):
-  """Mixup (arXiv 1710.09412): each image with its neighbour, all in one proportion a.
+  """Mixup (arXiv 1710.09412): each image with the one before it, all in one proportion a.
 
-  Args:
-    images: [B, H, W, 3]; uint8 ones are brought to [-1, 1] first, in the same pass.
-    labels: float32 [B, C], one-hot.
-    seed: int [2].
-    p: a is a draw of Beta(p, p), mirrored to be at least 1/2.
-
-  Returns:
-    images of that dtype and labels, a * x + (1 - a) * roll(x, 1, axis=0).
+  images: uint8 [B, height, width, 3]. labels: float32 [B, C], one-hot. seed: int [2].
+  p: a is a draw of Beta(p, p), mirrored to be at least 1/2.
+  Returns a * x + (1 - a) * roll(x, 1, axis=0) of the images, in [-1, 1] and the dtype, and of the
+    labels, float32.
   """
-  # a / (a + b) of two Gammas is Beta. At small p, both may be the least number there is: in float64
-  # only below p = 0.01, where 1e-300 makes it 1.
+  # X / (X + Y) is Beta(p, p) if X and Y are Gamma(p). Both may underflow, in float64 below p = 0.01
+  # only: 1e-300 then makes a 1.
   gammas = tf.random.stateless_gamma([2], seed, p, dtype=tf.float64) + [1e-300, 0]
   a = tf.cast(tf.reduce_max(gammas) / tf.reduce_sum(gammas), tf.float32)
-  return _mix(images, a, dtype), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
+  return _scale_and_mix(images, a, dtype), a * labels + (1 - a) * tf.roll(labels, 1, axis=0)
 
 
-@tf.function(jit_compile=True)
-def _mix(images, a, dtype):
-  images = scale(images) if images.dtype == tf.uint8 else images
+@tf.function(jit_compile=True)  # by XLA, in one pass over the images
+def _scale_and_mix(images, a, dtype):
+  """The images' half of `mixup`."""
+  images = scale(images)
   return tf.cast(a * images + (1 - a) * tf.roll(images, 1, axis=0), dtype)
 
 
-# --- RandAugment's operations, functions of an image, uint8 [H, W, 3], and arguments ---
+# --- RandAugment's operations, functions of an image, uint8 [height, width, 3], and arguments ---
 
 EMPTY = 128  # pixels from outside the image: near 0 for the model
 
@@ -166,12 +176,10 @@ def blend(a, b, factor):
 
 def auto_contrast(image):
   """Stretches each channel to the full range [0, 255]; a flat channel stays as it is."""
-  # Over rows of 3 * W numbers first, for vector instructions.
-  rows = tf.reshape(image, [image.shape[0], -1])
-  low, high = (tf.cast(reduce(tf.reshape(reduce(rows, 0), [-1, 3]), 0), tf.float32)
-               for reduce in (tf.reduce_min, tf.reduce_max))
+  x = tf.cast(image, tf.float32)
+  low, high = tf.reduce_min(x, (0, 1)), tf.reduce_max(x, (0, 1))
   stretch = 255 / tf.maximum(high - low, 1)
-  return tf.where(high > low, _uint8(tf.cast(image, tf.float32) * stretch - low * stretch), image)
+  return tf.where(high > low, _uint8(x * stretch - low * stretch), image)
 
 
 def equalize(image):
@@ -182,7 +190,7 @@ def equalize(image):
     values = tf.reshape(x[..., channel], [-1])
     histogram = tf.math.unsorted_segment_sum(tf.ones_like(values), values, 256)
     step = (tf.size(values) - tf.gather(histogram, tf.reduce_max(values))) // 255
-    # The exclusive sum is the recipe's table shifted right by one; the first entry becomes 0.
+    # The definition shifts the table right by one, behind a 0: hence the exclusive sum.
     levels = (tf.cumsum(histogram, exclusive=True) + step // 2) // tf.maximum(step, 1)
     return tf.where(step == 0, tf.range(256), tf.minimum(levels, 255))
 
@@ -229,49 +237,43 @@ def brightness(image, factor):
 
 def sharpness(image, factor):
   """From smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13 (0) to the image (1) to sharpened."""
-  # Rows of 3 * W small numbers, where the neighbours are 3 apart, fill XLA's vector instructions.
-  flat = tf.reshape(image, [image.shape[0], -1])
-  x = tf.cast(flat, tf.uint16)
+  x = tf.cast(image, tf.uint16)
   rows = x[:-2] + x[1:-1] + x[2:]
-  smooth = (rows[:, :-6] + rows[:, 3:-3] + rows[:, 6:] + 4 * x[1:-1, 3:-3]) // 13
-  inner = blend(smooth, flat[1:-1, 3:-3], factor)
-  middle = tf.concat([flat[1:-1, :3], inner, flat[1:-1, -3:]], 1)
-  # The border stays as it is.
-  return tf.reshape(tf.concat([flat[:1], middle, flat[-1:]], 0), image.shape)
+  smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * x[1:-1, 1:-1]) // 13
+  inner = blend(smooth, image[1:-1, 1:-1], factor)
+  middle = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)
+  return tf.concat([image[:1], middle, image[-1:]], 0)  # the border stays as it is
 
 
 def _warp(image, origin):
   """out(x, y) = in(origin(x, y)), the nearest pixel; (0, 0) is the top left corner."""
-  H, W, _ = image.shape
-  xy = origin(*tf.meshgrid(tf.range(W, dtype=tf.float32), tf.range(H, dtype=tf.float32)))  # [H, W]
+  height, width, _ = image.shape
+  x, y = origin(*tf.meshgrid(*(tf.range(side, dtype=tf.float32) for side in (width, height))))
   # Halves round away from zero, as in C; tf.round would move 4 % of a sheared image's pixels. 1e-4
   # because what is a half in exact arithmetic (0.3 * 5) may come out below.
-  x, y = (tf.cast(tf.sign(c) * tf.floor(tf.abs(c) + 0.5001), tf.int32) for c in xy)
-  inside = (x >= 0) & (x < W) & (y >= 0) & (y < H)
-  pixels = tf.gather(tf.reshape(image, [-1, 3]), tf.where(inside, y * W + x, 0))
+  x, y = (tf.cast(tf.sign(t) * tf.floor(tf.abs(t) + 0.5001), tf.int32) for t in (x, y))
+  inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+  pixels = tf.gather(tf.reshape(image, [-1, 3]), tf.where(inside, y * width + x, 0))
   return tf.where(inside[..., None], pixels, EMPTY)
 
 
 def rotate(image, degrees):
-  """Rotates about the centre ((W - 1) / 2, (H - 1) / 2)."""
+  """Rotates about the centre ((width - 1) / 2, (height - 1) / 2)."""
   cy, cx = ((side - 1) / 2 for side in image.shape[:2])
   radians = tf.cast(degrees, tf.float32) * (math.pi / 180)
-  c, s = tf.cos(radians), tf.sin(radians)
-  return _warp(image, lambda x, y: (c * (x - cx) - s * (y - cy) + cx,
-                                    s * (x - cx) + c * (y - cy) + cy))
+  cos, sin = tf.cos(radians), tf.sin(radians)
+  return _warp(image, lambda x, y: (cos * (x - cx) - sin * (y - cy) + cx,
+                                    sin * (x - cx) + cos * (y - cy) + cy))
 
 
 def shear_x(image, level):
   return _warp(image, lambda x, y: (x + level * y, y))
 
-
 def shear_y(image, level):
   return _warp(image, lambda x, y: (x, y + level * x))
 
-
 def translate_x(image, pixels):
   return _warp(image, lambda x, y: (x + pixels, y))
-
 
 def translate_y(image, pixels):
   return _warp(image, lambda x, y: (x, y + pixels))
@@ -279,6 +281,6 @@ def translate_y(image, pixels):
 
 def cutout(image, half_side, center):
   """Empties rows and columns [center - half_side, center + half_side); center = (row, column)."""
-  rows, columns = ((tf.range(side) >= c - half_side) & (tf.range(side) < c + half_side)
-                   for side, c in zip(image.shape[:2], tf.unstack(center)))
+  rows, columns = ((tf.range(side) >= middle - half_side) & (tf.range(side) < middle + half_side)
+                   for side, middle in zip(image.shape[:2], tf.unstack(center)))
   return tf.where((rows[:, None] & columns)[..., None], tf.cast(EMPTY, tf.uint8), image)

@@ -1,11 +1,11 @@
 """The plain Vision Transformer of "Better plain ViT baselines for ImageNet-1k" (arXiv 2205.01580).
 
-A model is two things: its parameters, a nested dict of float32 arrays named as in the published
-checkpoints, and a `Config`, which says what those arrays cannot. `forward` takes both.
+A model is its parameters, a nested dict of float32 arrays named as in the published checkpoints,
+and a `Config`, its size and options.
 
 Shapes: B batch, I image side, P patch side, L tokens, D width, N heads, H head dim (D = N*H), M MLP
-width, C classes. In einsums they are lower case; y and x are rows and columns of patches, i and j
-those of pixels in a patch, c the three colours, e another D.
+width, C classes. In einsums: b l d n h m as above, o the C outputs, e another D; y and x rows and
+columns of patches, i and j of pixels in a patch, c colours; q tokens that attend to tokens k.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import zlib
 
 import jax
+from jax.nn.initializers import lecun_normal, normal, ones, xavier_uniform as xavier, zeros
 import jax.numpy as jnp
 import numpy as np
 
@@ -41,11 +42,15 @@ CHOICES = {
 
 
 class WeightsError(ValueError):
-  """A file or a model that is not what was expected."""
+  """A file or a `Config` that is not what was expected."""
+
+
+class DamagedError(WeightsError):
+  """A file whose bytes are wrong."""
 
 
 class Config(NamedTuple):
-  """What a model is beside its arrays. A flag of train.py with a field's name is that field."""
+  """A model's size and options; flags of the same names set them."""
 
   variant: str = "S/16"  # a key of VARIANTS and the patch side P
   image_size: int = 224  # I, in pixels
@@ -53,34 +58,36 @@ class Config(NamedTuple):
   pool: str = "gap"
   head: str = "mlp"
   num_classes: int = 1000  # C; 0: a file without a head
-  dtype: str = "bfloat16"  # of products before the head and of what lies between them
+  dtype: str = "bfloat16"  # see "Arithmetic"
 
   @property
   def sizes(self):
-    """(P, D, number of blocks, M, N); WeightsError if a field is none of those that are known."""
-    name, _, patch = self.variant.partition("/")
-    if name not in VARIANTS or not re.fullmatch("[1-9][0-9]*", patch):
-      raise WeightsError(f"--variant={self.variant}: expected one of {', '.join(VARIANTS)} / a "
-                         "patch side, such as S/16")
-    P = int(patch)
-    if self.image_size < P or self.image_size % P:
-      raise WeightsError(f"--image_size={self.image_size}: expected a multiple of the patch, {P}")
-    for field, known in CHOICES.items():
-      if getattr(self, field) not in known:
-        raise WeightsError(f"--{field}={getattr(self, field)}: expected {' or '.join(known)}")
-    return P, *VARIANTS[name]
+    """(P, D, number of blocks, M, N)."""
+    name, patch = self.variant.split("/")
+    return int(patch), *VARIANTS[name]
+
+
+def check_config(config):
+  """WeightsError: a field has no value that is known."""
+  name, _, patch = config.variant.partition("/")
+  if name not in VARIANTS or not re.fullmatch("[1-9][0-9]*", patch):
+    raise WeightsError(f"--variant={config.variant}: expected one of {', '.join(VARIANTS)} / a "
+                       "patch side, such as S/16")
+  if config.image_size < int(patch) or config.image_size % int(patch):
+    raise WeightsError(f"--image_size={config.image_size}: expected a multiple of {patch}")
+  for field, known in CHOICES.items():
+    if getattr(config, field) not in known:
+      raise WeightsError(f"--{field}={getattr(config, field)}: expected {' or '.join(known)}")
 
 
 def parameter_table(config=Config()):
-  """{name: (shape, initialiser)}, in the order of the layers; WeightsError as of `config.sizes`."""
+  """{name: (shape, initialiser)}, in the order of the layers; WeightsError: `check_config`'s."""
+  check_config(config)
   P, D, blocks, M, N = config.sizes
   H, patches, C = D // N, (config.image_size // P) ** 2, config.num_classes
-  initializers = jax.nn.initializers
-  zeros, ones, normal = initializers.zeros, initializers.ones, initializers.normal
-  xavier = initializers.xavier_uniform
-  lecun = initializers.lecun_normal()  # fan-in P*P*3 for the patches, D for a matrix
-  # Query, key, value and out are D x D matrices, bounded by sqrt(6 / 2D) = 0.088. With the default
-  # axes, the first would be a receptive field, and the bound 0.015 (of out 0.047).
+  lecun = lecun_normal()  # fan-in P*P*3 for the patches, D for a matrix
+  # Query, key, value and out are D x D matrices, bounded by sqrt(6 / 2D), in S 0.088. By default,
+  # the first axis of three would count as a receptive field: 0.015 (of out 0.047).
   to_heads, from_heads = xavier(in_axis=0, out_axis=(1, 2)), xavier(in_axis=(0, 1), out_axis=2)
 
   table = {}
@@ -122,7 +129,7 @@ def init_params(seed, config=Config()):
 
 
 def flatten(tree):
-  """{"head": {"bias": x}} -> {"head/bias": x}, for any tree: the published checkpoints' names."""
+  """{"head": {"bias": x}} -> {"head/bias": x}, for any tree."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -139,36 +146,67 @@ def unflatten(flat):
   return tree
 
 
+# --- Arithmetic ---
+
+# With --dtype=bfloat16, these are bfloat16: inputs and outputs of the products in the embedding and
+# the blocks, and what lies between them (queries, keys, values, attention's probabilities, GELU).
+# These are float32: parameters and their gradients, the sums inside a product, residual stream,
+# LayerNorm, softmax, and all from the last LayerNorm on. With --dtype=float32 all is; there,
+# "highest" keeps TPUs and recent GPUs from rounding the inputs of products.
+
+
+def dense(equation, p, x):
+  """`einsum(equation, x, kernel) + bias` in the type of x; parameters get float32 gradients."""
+  if x.dtype == jnp.float32:
+    return jnp.einsum(equation, x, p["kernel"], precision="highest") + p["bias"]
+  return (rounded_product(equation, x, p["kernel"]) + p["bias"]).astype(x.dtype)
+
+
+# JAX would round a kernel's gradient as it rounds the kernel, to 8 significant bits (256 + 1 is 256
+# there), and then add up the devices'. This derivative by hand keeps it float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rounded_product(equation, x, kernel):
+  """`einsum(equation, x, kernel)` in bfloat16, of x bfloat16 and a kernel float32, rounded here."""
+  return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+def _backward(equation, saved, gradient):
+  """The gradients of x, in bfloat16, and of the kernel, in float32, from the product's."""
+  (x, kernel), (left, right, out) = saved, re.split(",|->", equation)
+  return (jnp.einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype)),
+          jnp.einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=jnp.float32))
+
+
+rounded_product.defvjp(
+    lambda equation, x, kernel: (rounded_product(equation, x, kernel), (x, kernel)), _backward)
+
+
 # --- Layers, in the order in which an image meets them ---
 
 
 def forward(params, images, config=Config()):
-  """Images in [-1, 1], [B, I, I, 3] of any float type -> logits [B, C] float32.
-
-  Embedding and blocks are in `config.dtype`; residual stream, LayerNorm, softmax, head in float32.
-  """
-  _, _, blocks, *_ = config.sizes
+  """Images in [-1, 1], [B, I, I, 3] of any float type -> logits [B, C] float32."""
+  _, D, blocks, *_ = config.sizes
   x = embed(params, images, config)
+  if config.pool == "cls":  # prepended after the positions are added: [cls] has none
+    x = jnp.concatenate([jnp.broadcast_to(params["cls"], (len(x), 1, D)), x], 1)
   for i in range(blocks):
     x = block(params["Transformer"][f"encoderblock_{i}"], x, config)
   x = layer_norm(params["Transformer"]["encoder_norm"], x)
   x = x[:, 0] if config.pool == "cls" else x.mean(1)  # [B, D]
   if config.head == "mlp":
     x = jnp.tanh(dense("bd,de->be", params["pre_logits"], x))
-  return dense("bd,dc->bc", params["head"], x)
+  return dense("bd,do->bo", params["head"], x)
 
 
 def embed(params, images, config):
-  """Images [B, I, I, 3] -> tokens [B, L, D] float32: patches, their positions, perhaps [cls]."""
+  """Images [B, I, I, 3] -> tokens [B, L, D] float32: patches, with their positions."""
   P, D, *_ = config.sizes
   B, h, w = images.shape[0], images.shape[1] // P, images.shape[2] // P
-  # A convolution of stride P is one matrix product over patches of i x j pixels and c colours.
+  # A convolution of stride P is one matrix product over patches of i x j pixels.
   patches = images.astype(config.dtype).reshape(B, h, P, w, P, 3).swapaxes(2, 3)
   x = dense("byxijc,ijcd->byxd", params["embedding"], patches).reshape(B, h * w, D)
-  x += params["pos_embedding"] if config.posemb == "learned" else sincos2d(h, w, D)
-  if config.pool == "cls":  # prepended after the positions are added: [cls] has none
-    x = jnp.concatenate([jnp.broadcast_to(params["cls"], (B, 1, D)), x], 1)
-  return x
+  return x + (params["pos_embedding"] if config.posemb == "learned" else sincos2d(h, w, D))
 
 
 def sincos2d(h, w, D):
@@ -188,34 +226,32 @@ def block(p, x, config):
 
 
 def layer_norm(p, x):
-  """Normalises the last axis of x float32, with eps 1e-6 (Ba et al., arXiv 1607.06450)."""
+  """Normalises the last axis of x float32; eps is added to the variance (arXiv 1607.06450)."""
   return jax.nn.standardize(x, epsilon=1e-6) * p["scale"] + p["bias"]
 
 
 def attention(p, x):
   """Multi-head self-attention, [B, L, D] -> [B, L, D]."""
   q, k, v = (dense("bld,dnh->blnh", p[name], x) for name in ("query", "key", "value"))
-  if jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16:
-    y = fused_attention(q, k, v)
-  else:
-    probs = recomputed(attention_probs, x)(q, k)
-    y = jnp.einsum("bnqk,bknh->bqnh", probs, v, precision="highest")
+  fused = jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16 and q.shape == k.shape
+  y = fused_attention(q, k, v) if fused else plain_attention(q, k, v)
   return dense("blnh,nhd->bld", p["out"], y)
 
 
-def attention_probs(q, k):
-  """softmax(q k^T / sqrt(H)) of [B, L, N, H], computed in float32: [B, N, L, L]."""
-  # As scores are float32, so are the derivatives' products: "highest" would make them slow.
+def plain_attention(q, k, v):
+  """softmax(q k^T / sqrt(H)) v of [B, L, N, H]: [B, L, N, H]. Scores and softmax are float32."""
+  # Not "highest" for bfloat16: the gradient of the scores is float32, so that it would be slow.
   precision = "highest" if q.dtype == jnp.float32 else "default"
   scores = jnp.einsum("bqnh,bknh->bnqk", q, k, precision=precision,
                       preferred_element_type=jnp.float32)
-  return jax.nn.softmax(scores / math.sqrt(q.shape[-1])).astype(q.dtype)
+  probs = jax.nn.softmax(scores / math.sqrt(q.shape[-1])).astype(q.dtype)  # [B, N, L, L]
+  return jnp.einsum("bnqk,bknh->bqnh", probs, v, precision=precision)
 
 
 def fused_attention(q, k, v, implementation="cudnn"):
-  """softmax(q k^T / sqrt(H)) v of bfloat16 on NVIDIA GPUs: cuDNN stores no [L, L] matrix."""
+  """The same by cuDNN, for bfloat16 on NVIDIA GPUs: it stores no [L, L] matrix of scores."""
   B, L, *_ = q.shape
-  odd = L % 2  # as with [cls]. cuDNN takes even numbers only: one token is added and left out
+  odd = L % 2  # as with [cls]. cuDNN takes even L only: one token is added and left out
   q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
   lengths = jnp.full(B, L, jnp.int32) if odd else None
   return jax.nn.dot_product_attention(
@@ -226,71 +262,35 @@ def fused_attention(q, k, v, implementation="cudnn"):
 def mlp(p, x):
   """Two layers around the tanh form of GELU (arXiv 1606.08415), [B, L, D] -> [B, L, D]."""
   x = dense("bld,dm->blm", p["Dense_0"], x)
-  x = recomputed(jax.nn.gelu, x)(x)  # which is the tanh form by default
-  return dense("blm,md->bld", p["Dense_1"], x)
-
-
-def recomputed(function, x):
-  """The function; float32 computes it again for its gradient: on a CPU, keeping is slower."""
-  return jax.checkpoint(function) if x.dtype == jnp.float32 else function
-
-
-def dense(equation, p, x):
-  """`einsum(equation, x, kernel) + bias` in the type of x; parameters get float32 gradients."""
-  if x.dtype == jnp.float32:  # which TPUs and recent GPUs would round, but for "highest"
-    return jnp.einsum(equation, x, p["kernel"], precision="highest") + p["bias"]
-  return (rounded_product(equation, x, p["kernel"]) + p["bias"]).astype(x.dtype)
-
-
-# bfloat16 has 8 significant bits: 256 + 1 is 256. Autodiff would round a kernel's gradient to it
-# before the devices add up theirs. Hence this derivative by hand, which leaves it float32.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rounded_product(equation, x, kernel):
-  """`einsum(equation, x, kernel)` of x bfloat16 and a kernel float32, which is rounded for it."""
-  return jnp.einsum(equation, x, kernel.astype(x.dtype))
-
-
-def _rounded_product_backward(equation, inputs, gradient):
-  (x, kernel), (left, right, out) = inputs, re.split(",|->", equation)
-  return (jnp.einsum(f"{out},{right}->{left}", gradient, kernel.astype(x.dtype)),
-          jnp.einsum(f"{left},{out}->{right}", x, gradient, preferred_element_type=jnp.float32))
-
-
-rounded_product.defvjp(
-    lambda equation, x, kernel: (rounded_product(equation, x, kernel), (x, kernel)),
-    _rounded_product_backward)
+  return dense("blm,md->bld", p["Dense_1"], jax.nn.gelu(x, approximate=True))
 
 
 # --- Weights from a file ---
 
 
 def load(path, **given):
-  """Reads weights from an .npz file: a checkpoint of ours, or a published one.
+  """Reads the weights in an .npz file: a checkpoint of ours, or a published one.
 
-  Args:
-    given: fields of `Config` that must be so. Only image_size, num_classes and dtype may differ
-      from the file's; a learned position embedding is resampled for the image size.
-
-  Returns:
-    params, a nested dict of float32 arrays; the `Config`, with 0 classes if there is no head; the
-    names of the classes in the order of the logits, or ().
-
-  Raises:
-    WeightsError: no such file, another model, or arrays that are missing, unknown, of another
-      shape, not floats or not finite: all are listed.
+  given: fields of `Config` that must be so. Only dtype and image_size may differ from the file's; a
+    learned position embedding is resampled for the latter.
+  Returns params, a nested dict of float32 arrays; the `Config`, with 0 classes if there is no head;
+    the names of the classes in the order of the logits, or () if the file has none.
+  WeightsError: no such file, another model, or arrays that are missing, unknown, of another shape,
+    not floats or not finite: all are listed.
   """
   arrays = read_npz(path)
   prefix = next((p for p in ("params/", "opt/target/") if any(k.startswith(p) for k in arrays)), "")
   params = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
   try:
-    stored = config_of_checkpoint(arrays) if "flags" in arrays else config_of_shapes(params)
+    stored = (Config(**json.loads(arrays["config"].item())) if "config" in arrays  # of train.py
+              else config_of_shapes(params))
     config = stored._replace(**given)
     table = parameter_table(config)
   except (AttributeError, LookupError, TypeError, ValueError) as error:
-    raise WeightsError(f"--init={path}: no ViT in it that this code knows ({error})") from None
+    raise WeightsError(f"--init={path} is no ViT that this code knows: {error}") from None
   for field, old, new in zip(Config._fields, stored, config):
-    if old != new and field not in ("image_size", "num_classes", "dtype"):
-      raise WeightsError(f"--{field}={new} contradicts --init={path}, which holds {field}={old}")
+    if old != new and field not in ("image_size", "dtype"):
+      raise WeightsError(f"--{field}={new} contradicts --init={path}, of {field}={old}")
   if "pos_embedding" in params and stored.image_size != config.image_size:
     params["pos_embedding"] = resample_posemb(params["pos_embedding"], table["pos_embedding"][0][1])
   wrong = [f"{name} missing" for name in table.keys() - params.keys()]
@@ -304,36 +304,27 @@ def load(path, **given):
   if wrong:
     raise WeightsError(f"--init={path} does not fit: {'; '.join(sorted(wrong))}")
   params = unflatten({name: x.astype(np.float32) for name, x in params.items()})
-  return params, config, tuple(arrays["label_names"].tolist() if "label_names" in arrays else ())
+  return params, config, tuple(arrays.get("label_names", np.array(())).tolist())
 
 
 def read_npz(path):
-  """{name: array} of an .npz file, here or in gs://. Nothing is unpickled.
+  """{name: array} of an .npz file, here or in gs://; nothing is unpickled.
 
-  bfloat16, which numpy stores as two raw bytes, is bfloat16 again. WeightsError: it cannot be read.
+  DamagedError: its bytes are wrong. WeightsError: they cannot be read.
   """
+  open_file, unreadable = open, (OSError, MemoryError)
+  if "://" in path:
+    import tensorflow as tf  # pylint: disable=g-import-not-at-top
+    open_file, unreadable = tf.io.gfile.GFile, (*unreadable, tf.errors.OpError)
   try:
-    if "://" in path:
-      import tensorflow as tf  # pylint: disable=g-import-not-at-top
-      file = tf.io.gfile.GFile(path, "rb")
-    else:
-      file = open(path, "rb")
-    with file, np.load(file) as npz:
+    with open_file(path, "rb") as file, np.load(file) as npz:
       arrays = {name: npz[name] for name in npz.files}
-  except Exception as error:  # of the file system, zipfile or numpy
-    raise WeightsError(f"{path} is no .npz file that can be read: {error}") from None
+  except unreadable as error:
+    raise WeightsError(f"{path} cannot be read: {error!r}") from None
+  except Exception as error:  # of zipfile and numpy, many kinds
+    raise DamagedError(f"{path} is no whole .npz file: {error}") from None
+  # numpy writes bfloat16 as two raw bytes, "V2".
   return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in arrays.items()}
-
-
-def config_of_checkpoint(arrays):
-  """The Config that a checkpoint of train.py states. TypeError: a field of another code matters."""
-  if "config" not in arrays:  # as in the first version, whose flags said it
-    said = json.loads(arrays["flags"].item()) | {"num_classes": len(arrays["label_names"])}
-    return Config(**{field: said[field] for field in said.keys() & Config._fields})
-  said = json.loads(arrays["config"].item())
-  defaults = json.loads(arrays["defaults"].item()) if "defaults" in arrays else {"attention": "xla"}
-  return Config(**{field: value for field, value in said.items()  # but for unknown ones at default
-                   if field in Config._fields or value != defaults.get(field)})
 
 
 def config_of_shapes(params):
@@ -343,19 +334,17 @@ def config_of_shapes(params):
   N, _ = params["Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/bias"].shape
   L = params["pos_embedding"].shape[1] if "pos_embedding" in params else 0
   C, = params["head/bias"].shape if "head/bias" in params else (0,)
-  sizes = D, sum(name.endswith("/query/bias") for name in params), M, N
-  for name, known in VARIANTS.items():
-    if known == sizes:
-      return Config(f"{name}/{P}", math.isqrt(L) * P or Config().image_size,
-                    "learned" if L else "sincos2d", "cls" if "cls" in params else "gap",
-                    "mlp" if "pre_logits/kernel" in params else "linear", C)
-  raise ValueError(f"{sizes} is not in model.VARIANTS")
+  blocks = len({name.split("/")[1] for name in params if "/encoderblock_" in name})
+  names = {sizes: name for name, sizes in VARIANTS.items()}
+  return Config(f"{names[D, blocks, M, N]}/{P}", math.isqrt(L) * P or Config().image_size,
+                "learned" if L else "sincos2d", "cls" if "cls" in params else "gap",
+                "mlp" if "pre_logits/kernel" in params else "linear", C)
 
 
 def resample_posemb(posemb, L):
-  """A learned position embedding [1, h*h, D] for another square grid: bilinear, corners aligned."""
+  """A learned position embedding [1, h*h, D] for another L: bilinear, corners aligned."""
   old, new = math.isqrt(posemb.shape[1]), math.isqrt(L)
-  grid, places = posemb.reshape(old, old, -1), np.linspace(0, old - 1, new)
+  grid, at = posemb.reshape(old, old, -1), np.linspace(0, old - 1, new)
   for axis in (0, 1):
-    grid = np.apply_along_axis(lambda x: np.interp(places, np.arange(old), x), axis, grid)
+    grid = np.apply_along_axis(lambda x: np.interp(at, np.arange(old), x), axis, grid)
   return grid.reshape(1, L, -1).astype(np.float32)

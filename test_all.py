@@ -48,7 +48,8 @@ import model
 import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-folder, patch, cases = tempfile.TemporaryDirectory, mock.patch.object, parameterized.parameters
+temporary_folder, patch = tempfile.TemporaryDirectory, mock.patch.object
+cases = parameterized.parameters  # a test for each
 close, same = np.testing.assert_allclose, np.testing.assert_array_equal
 default_rng = np.random.default_rng
 TINY = model.Config("mu/8", 16, num_classes=3, dtype="float32")
@@ -224,9 +225,8 @@ class ModelTest(parameterized.TestCase):
   def test_fused_attention(self, L):
     q, k, v, g = np.float32(default_rng(0).normal(size=(4, 2, L, 3, 8)))
     fused = functools.partial(model.fused_attention, implementation="xla")
-    def plain(q, k, v):
-      return jnp.einsum("bnqk,bknh->bqnh", model.attention_probs(q, k), v)
-    (got, pull), (expected, pull_plain) = (jax.vjp(f, q, k, v) for f in (fused, plain))
+    (got, pull), (expected, pull_plain) = (
+        jax.vjp(f, q, k, v) for f in (fused, model.plain_attention))
     for x, y in zip((got, *pull(g)), (expected, *pull_plain(g)), strict=True):
       close(x, y, atol=1e-5)
 
@@ -254,11 +254,11 @@ class ModelTest(parameterized.TestCase):
         r"dot_general .* = \[(\w+), .* : \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
     exact = [row for row in found if row == ("HIGHEST", "f32", "f32")]
     # Forward and two derivatives of q, k, v, out, Dense_0, Dense_1, q k^T, probs v, pre_logits and
-    # head (always float32); two of patches. In float32, q k^T is computed twice.
-    self.assertEqual((len(exact), len(found)), (33, 33) if dtype == "float32" else (6, 32))
+    # head (always float32); two of patches.
+    self.assertEqual((len(exact), len(found)), (32, 32) if dtype == "float32" else (6, 32))
 
   @cases(("variant", "XL/16", "one of.*mu"), ("variant", "S/0", "such as S/16"),
-         ("image_size", 225, "multiple of the patch, 16"), ("image_size", 8, "mult"),
+         ("image_size", 225, "a multiple of"), ("image_size", 8, "a multiple"),
          ("pool", "max", "gap or cls"))
   def test_errors(self, field, value, message):
     with self.assertRaisesRegex(model.WeightsError, f"--{field}={value}: .*{message}"):
@@ -302,10 +302,15 @@ class MethodTest(parameterized.TestCase):
         epochs=90, batch_size=1024, dataset="imagenet2012", train_split="train[:99%]",
         variant="S/16", image_size=224, posemb="sincos2d", pool="gap", head="mlp",
         randaug_layers=2, randaug_magnitude=10, mixup=0.2, lr=1e-3, weight_decay=1e-4,
-        warmup_steps=10_000, grad_clip_norm=1, dtype="bfloat16", seed=0, init=None, grad_accum=1)
+        warmup_steps=10_000, grad_clip_norm=1, dtype="bfloat16", seed=0, init=None)
     self.assertEqual({name: flags.FLAGS[name].default for name in expected}, expected)
-    self.assertLessEqual(train.NOT_RECIPE, set(flags.FLAGS))
-    self.assertEqual(expected.keys() & train.NOT_RECIPE, {"grad_accum"})
+    self.assertEqual(train.flag_values(but=train.NOT_RECIPE).keys(), expected.keys())
+    self.assertEqual(train.flag_values().keys() & train.OWN, {
+        "workdir", "data_dir", "allow_changes", "coordinator", "num_processes", "process_id"})
+    flags.DEFINE_bool("fork", False, "", module_name="train")  # behind all others
+    self.addCleanup(delattr, flags.FLAGS, "fork")
+    self.assertIn("fork", train.flag_values(but=train.NOT_RECIPE))
+    expected["grad_accum"] = 1
     # Everything else with a default has the same one.
     names = {"mixup_p": "mixup", "num_layers": "randaug_layers", "magnitude": "randaug_magnitude"}
     for function in (model.Config, train.Settings, inputs.train_batches,
@@ -323,8 +328,8 @@ class MethodTest(parameterized.TestCase):
     class Reached(Exception):
       pass
     numbers = numbers_dataset()
-    with folder() as root, flagsaver.flagsaver(), printed(), patch(signal, "signal"), \
-        patch(inputs, "open_dataset", lambda *_: numbers), \
+    with temporary_folder() as root, flagsaver.flagsaver(), printed(), \
+        patch(train, "listen_for_signals"), patch(inputs, "open_dataset", lambda *_: numbers), \
         patch(train, "make_optimizer", wraps=train.make_optimizer) as optimizer, \
         patch(train, "make_training", wraps=train.make_training) as training, \
         patch(model, "init_params", return_value={"kernel": np.zeros(1)}) as init, \
@@ -338,7 +343,8 @@ class MethodTest(parameterized.TestCase):
       self.assertRaises(Reached, train.main, ["train.py"])
       batches.call_args.args[3](b"bytes", (6, 1))
     config = model.Config("mu/8", 24, "learned", "cls", "linear", 3, "float32")
-    settings = train.Settings(0.5, 0.25, 3, 5, 2)
+    settings = train.Settings(lr=0.5, weight_decay=0.25, grad_clip_norm=3, warmup_steps=5,
+                              grad_accum=2)
     for stand_in, function, expected in (
         (optimizer, train.make_optimizer, dict(settings=settings)),
         (init, model.init_params, dict(seed=6, config=config)),
@@ -427,6 +433,25 @@ class MethodTest(parameterized.TestCase):
     expected = (batch["weights"][:, 0] * batch["images"].mean((1, 2, 3))).mean() / 4
     close(history["loss"], expected, atol=1e-6)
 
+  def test_a_fork_splits_the_state(self):
+    """As ZeRO-1 does: one function says how it lies; step and saving follow."""
+    def zero(state, replicated, by_rows):
+      return jax.tree.map(lambda x: by_rows if x.ndim and x.shape[0] % 8 == 0 else replicated, state)
+    whole, expected = train_steps([tiny_batch()], warmup_steps=0)
+    replicated, by_rows = shardings()
+    with patch(train, "state_shardings", zero), temporary_folder() as root:
+      init, step = train.make_training(TINY, replicated, by_rows, 150,
+                                       train.Settings(warmup_steps=0))
+      state = init(random_params())
+      state = jax.device_put(state, zero(state, replicated, by_rows))
+      state, _ = step(state, jax.device_put(tiny_batch(), by_rows))
+      split = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
+      self.assertGreater(len(split), 30)
+      train.save_checkpoint(root, state, TINY, {"label_names": []}, None).result()
+      arrays = model.read_npz(train.checkpoint_path(root, 1))
+    for name, x in model.flatten(expected).items():
+      close(np.float64(arrays[name]), np.float64(x), atol=5e-4, err_msg=name)
+
   def test_eval_step(self):
     config, (replicated, by_rows) = TINY._replace(num_classes=7), shardings()
     params, batch = random_params(config=config), tiny_batch(8, 3, config)
@@ -445,10 +470,16 @@ class MethodTest(parameterized.TestCase):
     def eval_step(params, batch):
       return {"count": batch["mask"].sum(), "top1": params, "top5": 2 * params, "loss": 3 * params}
     evals = {"val": lambda: ({"mask": np.arange(8) < count} for count in (8, 6, 2))}
-    with printed():
-      results = train.evaluate(jnp.float32(2), evals, eval_step, shardings()[1])
+    clock = iter(range(0, 1000, 20))
+    with printed() as out, patch(time, "perf_counter", lambda: next(clock)):
+      results = train.evaluate(jnp.float32(2), evals, eval_step, shardings()[1], {"val": 18})
     self.assertEqual(results, {"val/count": 16, "val/top1": 37.5, "val/top5": 75,
                                "val/loss": 1.125})
+    # After 20 s nothing; after 40 s, 16 of 18 rows: 5 s for two more.
+    self.assertRegex(out.getvalue(), "^  val        16 of 18 images, 5 s left\n  val  .*top-1.*\n$")
+    with self.assertRaisesRegex(train.UserError, "--eval=none: none of its images has a label"):
+      train.evaluate(jnp.float32(0), {"none": lambda: [{"mask": np.zeros(8, bool)}]}, eval_step,
+                     shardings()[1])
 
   def test_gradients_are_added_between_devices_in_float32(self):
     """As XLA's partitioner writes it: later, a CPU's compiler makes float32 of every sum."""
@@ -456,7 +487,7 @@ class MethodTest(parameterized.TestCase):
     init, step = train.make_training(config, replicated, by_rows, 10,
                                      train.Settings(warmup_steps=1))
     state = jax.device_put(init(random_params(config=config)), replicated)
-    with folder() as root:
+    with temporary_folder() as root:
       step.lower(state, jax.device_put(tiny_batch(config=config), by_rows)).compile(
           compiler_options={"xla_dump_to": root, "xla_dump_hlo_as_text": True,
                             "xla_dump_hlo_pass_re": "spmd-partition.*"})
@@ -651,26 +682,24 @@ class AugmentTest(parameterized.TestCase):
   def test_rand_augment_applies_its_layers_one_by_one(self):
     image = tf.constant(default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8))
     draws = tf.random.stateless_uniform([2, 4], (5, 6), alg="philox")
-    one = augment._layers(image, False, draws[:1], 10)
-    same(augment.rand_augment(image, (5, 6)), augment._layers(one, False, draws[1:], 10))
-    flipped = augment.rand_augment(image[:, ::-1], (5, 6))
-    same(augment.rand_augment(image, (5, 6), flip=True), flipped)
-    same(augment.rand_augment(tf.cast(image, tf.float32) + 0.9, (5, 6), 0), image)  # truncated
+    one = augment._layers(image, draws[:1], 10)
+    same(augment.rand_augment(image, (5, 6)), augment._layers(one, draws[1:], 10))
+    same(augment.rand_augment(image, (5, 6), 0), image)
 
   def test_mixup(self):
     images = default_rng(0).integers(0, 256, (4, 2, 2, 3)).astype(np.uint8)
     scaled = images / 127.5 - 1
     close(augment.scale(images), scaled, atol=1e-6)
-    for given in (images, scaled.astype(np.float32)):
-      mixed, labels = augment.mixup(tf.constant(given), tf.eye(4), (3, 4))
-      a = labels[0, 0].numpy()
-      for got, x in ((labels, np.eye(4)), (mixed, scaled)):
-        close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
+    mixed, labels = augment.mixup(tf.constant(images), tf.eye(4), (3, 4))
+    a = labels[0, 0].numpy()
+    for got, x in ((labels, np.eye(4)), (mixed, scaled)):
+      close(got, a * x + (1 - a) * np.roll(x, 1, 0), atol=1e-6)
 
   @cases(0.2, 0.01, 0.001)  # with draws below what float32 and float64 hold
   def test_mixup_proportions(self, p):
     def proportion(i):
-      return augment.mixup(tf.zeros([2, 1, 1, 1]), tf.eye(2), tf.stack([7, i]), p)[1][0]
+      images = tf.zeros([2, 1, 1, 3], tf.uint8)
+      return augment.mixup(images, tf.eye(2), tf.stack([7, i]), p)[1][0]
     proportions = tf.data.Dataset.range(4000).map(proportion)
     a, b = np.array(list(proportions.as_numpy_iterator())).T
     close(a + b, 1, atol=1e-6)
@@ -755,7 +784,7 @@ class Numbers(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield i, {"image": image, "label": i % 3, "many": [[], [i % 3], [0, 2]][i % 3]}
 
 
-DATA = folder()
+DATA = temporary_folder()
 
 
 @functools.cache
@@ -790,8 +819,12 @@ def encoded(size=(40, 30), mode="RGB", kind="JPEG", color=None):
 
 
 def names_of(records):
-  return [os.fsdecode(x["path"].numpy()) + (f"#{x['number']}" if "number" in x else "")
+  return [os.fsdecode(x["path"].numpy()) + (f"#{x['position']}" if "position" in x else "")
           for x in records]
+
+
+def stored_records(dataset, split):
+  return inputs.read_records(dataset, inputs.split_parts(dataset, split))
 
 
 class InputTest(parameterized.TestCase):
@@ -819,7 +852,7 @@ class InputTest(parameterized.TestCase):
   def test_processes_read_their_own_shares(self, n, split):
     """Every record of an epoch once and none twice, in an own order, from any start."""
     size = inputs.split_size(self.numbers, split)
-    stored, epochs, draws = names_of(inputs.read_records(self.numbers, split)), [], []
+    stored, epochs, draws = names_of(stored_records(self.numbers, split)), [], []
     for i in range(n):
       first, last = size * i // n, size * (i + 1) // n
       def stream(seed=3, start=0):
@@ -848,10 +881,11 @@ class InputTest(parameterized.TestCase):
   def test_window_size(self, split, size, expected):
     part = lambda size: types.SimpleNamespace(num_examples=1000, num_bytes=1000 * size)
     info = types.SimpleNamespace(splits={"train": part(size), "test": part(500_000)})
-    self.assertEqual(inputs.window_size(types.SimpleNamespace(info=info), split), expected)
+    parts = [(name.partition("[")[0], range(7)) for name in split.split("+")]
+    self.assertEqual(inputs.window_size(types.SimpleNamespace(info=info), parts), expected)
 
   def test_splits(self):
-    parts = [names_of(inputs.read_records(self.numbers, split))
+    parts = [names_of(stored_records(self.numbers, split))
              for split in ("train[:90%]", "train[90%:]+validation")]
     self.assertEqual([len(part) for part in parts], [45, 18])
     self.assertLen(set(sum(parts, [])), 63)
@@ -889,16 +923,16 @@ class InputTest(parameterized.TestCase):
     self.assertEqual(half["images"].dtype, jnp.bfloat16)
     close(np.float32(half["images"]), batch["images"], atol=2 ** -9)
     records = inputs.shuffled_records(self.numbers, "train", 3).take(50)
-    images, labels = zip(*map(inputs.record_reader(self.numbers), records))
+    images, labels = zip(*map(inputs.record_parser(self.numbers), records))
     same(batch["labels"], np.eye(3)[np.array(labels)])
     image = augment.train_image(images[7], (3, 7), 32, 0)
     close(batch["images"][7], image.numpy() / 127.5 - 1, atol=1e-6)
 
   def test_sets_of_labels(self):
     batch, = self.eval_batches(16, label="many")
-    read = inputs.record_reader(self.numbers)
+    read = inputs.record_parser(self.numbers)
     labels = [[[0, 0, 0], [0, 1, 0], [1, 0, 1]][read(record)[1]]
-              for record in inputs.read_records(self.numbers, "validation")]
+              for record in stored_records(self.numbers, "validation")]
     same(batch["labels"], labels + [[0, 0, 0]] * 3)
     same(batch["mask"], np.arange(16) < 13)  # a row without a label is a row all the same
     info = self.numbers.info
@@ -916,8 +950,8 @@ class InputTest(parameterized.TestCase):
             for key in ("images", "labels", "mask")}
     self.assertEqual(rows["images"].shape[1:], (16, 16, 3))
     self.assertEqual((rows["mask"].sum(), rows["labels"][~rows["mask"]].sum()), (13, 0))
-    records = map(inputs.record_reader(self.numbers),
-                  inputs.read_records(self.numbers, "validation"))
+    records = map(inputs.record_parser(self.numbers),
+                  stored_records(self.numbers, "validation"))
     for image, row, (data, label) in zip(rows["images"][rows["mask"]],
                                          rows["labels"][rows["mask"]], records, strict=True):
       close(image, augment.eval_image(data, 16).numpy() / 127.5 - 1, atol=1e-6)
@@ -941,14 +975,23 @@ class InputTest(parameterized.TestCase):
     files = {f"train/{file}": encoded(mode=mode, color=color, kind={"jpg": "JPEG"}.get(
         file[-3:], file.split(".")[-1])) for file, (mode, color, _) in colors.items()}
     others = """val/cat/n.jpg .git/cat/o.jpg train/.ipynb_checkpoints/p.jpg train/cat/.cache/q.jpg
-        train/r.jpg train/cat/s.txt train/cat/._t.jpg __MACOSX/train/u.jpg"""
+        train/r.jpg train/cat/s.tif train/cat/._t.jpg __MACOSX/train/u.jpg devkit/data/v.txt
+        val/dog/w.jpe val/dog/x.JFIF test/test1/y.jpg"""
     root = self.folder(files | dict.fromkeys(others.split(), encoded()))
     os.makedirs(f"{root}/train/empty")
-    data, classes = inputs.open_dataset(root), ("cat", "dog", "eel", "empty")
+    with printed() as out:
+      data, classes = inputs.open_dataset(root, train_split="train[:75%]"), ("cat", "dog", "eel")
+    self.assertRegex(out.getvalue(), r"^3 files are left out, such as .*/(r.jpg|s.tif|v.txt): .*jfif")
     self.assertEqual(inputs.class_names(data), classes)
+    with printed():
+      self.assertEqual(inputs.class_names(inputs.open_dataset(root)), classes + ("test1",))
     self.assertEqual({split: info.num_examples for split, info in data.info.splits.items()},
-                     {"train": 4, "val": 1})
-    records = inputs.read_records(data, "train")
+                     {"train": 4, "val": 3, "test": 1})
+    with self.refused("bad record .*/test/test1/y.jpg: label is none of 3 classes; in a folder, all "
+                      "SPLIT/CLASS/ must be as in --train_split; mend"):
+      next(self.eval_batches(1, data, "test"))
+    next(self.eval_batches(1, data, "val"))
+    records = stored_records(data, "train")
     for record, batch in zip(records, self.eval_batches(1, data, "train"), strict=True):
       file = os.path.relpath(os.fsdecode(record["path"].numpy()), f"{root}/train")
       close((batch["images"][0, 8, 8] + 1) * 127.5, colors[file][2], atol=3, err_msg=file)
@@ -961,7 +1004,7 @@ class InputTest(parameterized.TestCase):
                         "train/2/up": "..", "train/10/up": "../.."})
     data = inputs.open_dataset(root)
     self.assertEqual(inputs.class_names(data), ("1", "2", "10"))
-    files = [os.path.relpath(name, root) for name in names_of(inputs.read_records(data, "train"))]
+    files = [os.path.relpath(name, root) for name in names_of(stored_records(data, "train"))]
     self.assertCountEqual(files, ["train/2/a.jpg", "train/10/b.jpg", "train/1/a.jpg",
                                   "train/1/cat/d.jpg"])
     with patch(os, "scandir", side_effect=PermissionError(13, "Permission denied", "10")):
@@ -971,7 +1014,7 @@ class InputTest(parameterized.TestCase):
   def test_folders_have_the_order_of_image_folder(self):
     root = self.folder({f"train/{i % 3}{'ab'[i % 2]}/{i}.jpg": encoded() for i in range(60)})
     data, other = inputs.open_dataset(root), tfds.ImageFolder(root[:-1])
-    files = names_of(inputs.read_records(data, "train"))
+    files = names_of(stored_records(data, "train"))
     self.assertEqual(files, [x["image/filename"].numpy().decode()
                              for x in other.as_dataset(split="train")])
     for file in files[:54]:
@@ -982,10 +1025,54 @@ class InputTest(parameterized.TestCase):
         inputs.shuffled_records(data, "train", 3, 0, i, 2).take(60))] for i in range(2))
     self.assertNotIn(one[:30], (one[30:], two[:30]))  # epochs and processes draw their own orders
 
+  def test_each_epoch_shuffles_a_whole_folder(self):
+    files = {f"train/{i % 2}/{i}.jpg": b"" for i in range(10_000)}
+    data = inputs.open_dataset(self.folder(files))
+    stream = names_of(inputs.shuffled_records(data, "train", 3).take(14_096))
+    self.assertLen(set(stream[:10_000]), 10_000)
+    both = len({*stream[:4096]} & {*stream[10_000:]})
+    self.assertBetween(both, 1500, 1860)  # 4,096 * 4,096 / 10,000 = 1,678 by chance
+
+  def test_fingerprints(self):
+    files = {f"{split}/{'ab'[i % 2]}/{i}.jpg": b"" for split in ("train", "val") for i in range(9)}
+    def of(files, split="train[:50%]"):
+      return inputs.fingerprint(inputs.open_dataset(self.folder(files)), split)
+    def moved(old, new):
+      return {new if name == old else name: content for name, content in files.items()}
+    first = of(files)
+    self.assertEqual(first, of(files | {"val/b/more.jpg": b""}))
+    self.assertEqual(first, of(dict(reversed(files.items())), "train"))
+    for other in (files | {"train/b/more.jpg": b""}, moved("train/a/0.jpg", "train/b/0.jpg"),
+                  moved("train/a/0.jpg", "train/a/00.jpg")):
+      self.assertNotEqual(first, of(other))
+    self.assertNotEqual(first, of(files, "train+val"))
+    again = Numbers(data_dir=self.create_tempdir().full_path)  # in one file
+    again.download_and_prepare()
+    prints = {inputs.fingerprint(data, split) for data, split in (
+        (self.numbers, "train[:9]"), (self.numbers, "train"), (self.numbers, "validation"),
+        (again, "train"))}
+    self.assertLen(prints, 3)
+
+  def palette(colors, kind="BMP"):
+    from PIL import Image
+    image = Image.new("P", (40, 30), 7)
+    image.putpalette([value for i in range(256) for value in (i, i, i + colors & 255)])
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
   BAD = {
       "text.jpg": b"no image", "cut.jpg": encoded((300, 300))[:400],
-      "dangling.jpg": "/nowhere.jpg",
+      "dangling.jpg": "/nowhere.jpg", "palette.bmp": palette(1),
       "caf\udce9.jpg": b""}  # empty; the name is not UTF-8, but Latin-1
+
+  def test_palettes(self):
+    for color, data in ((7, self.GREY), (8, self.COLOR_PNG)):
+      same(augment.eval_image(data, 32)[0, 0, 2], color)
+    with self.assertRaises(tf.errors.InvalidArgumentError):
+      augment.eval_image(self.BAD["palette.bmp"])
+
+  GREY, COLOR_PNG = palette(0), palette(1, "PNG")
 
   @cases(*BAD)
   def test_bad_images(self, bad):
@@ -996,48 +1083,102 @@ class InputTest(parameterized.TestCase):
       with self.refused(f"bad record .*/c0/{bad}: .*mend".replace("\udce9", r"\\xe9")):
         take(batches, 6)
 
-  def test_a_damaged_file(self):
+  @cases(("data", 0.5), ("length", 0), ("data", 0.1), ("length", 0.5))
+  def test_damaged_files(self, kind, place):
+    """What reading itself stumbles over accuses no record, and asks to remove none."""
     builder = Numbers(data_dir=self.create_tempdir().full_path)
-    builder.download_and_prepare()
-    path, = builder.data_path.glob("*train*")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
-    path.write_bytes(data)
-    with self.refused("bad record in the files of the data set: corrupted record at [0-9]+; mend"):
-      take(self.train_batches(10, builder), 5)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    for split in ("train", "validation"):
+      path = sorted(builder.data_path.glob(f"*{split}*"))[2]
+      data, starts = bytearray(path.read_bytes()), [0]
+      while starts[-1] < len(data):  # length, its checksum, data, their checksum
+        starts.append(starts[-1] + int.from_bytes(data[starts[-1]:starts[-1] + 8], "little") + 16)
+      start = starts[int(place * (len(starts) - 1))]
+      data[start + (0 if kind == "length" else 100)] ^= 1
+      path.write_bytes(data)
+    with patch(inputs, "window_size", lambda *_: 5):
+      for batches in (self.train_batches(3, builder), self.eval_batches(2, builder)):
+        with self.refused("^data cannot be read: corrupted record at [0-9]+.*; prepare or copy"):
+          take(batches, 20)
+
+  @cases(4, 1)
+  def test_files_that_are_too_short(self, shards):
+    builder = Numbers(data_dir=self.create_tempdir().full_path)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=shards))
+    for split, batches in (("train", self.train_batches), ("validation", self.eval_batches)):
+      path, length = sorted(builder.data_path.glob(f"*{split}*"))[-1], (
+          builder.info.splits[split].shard_lengths[-1])
+      data = path.read_bytes()
+      for held in (2, 0):
+        size = 0
+        for _ in range(held):
+          size += int.from_bytes(data[size:size + 8], "little") + 16
+        path.write_bytes(data[:size])
+        with self.refused(f"^{path} holds {held} of {length} records; prepare or copy the data"):
+          take(batches(4, builder, split), math.ceil(50 / 4))
+
+  def test_an_error_that_passes(self):
+    root = self.folder({f"train/c{i % 2}/{i}.jpg": encoded() for i in range(6)})
+    data, bad_record = inputs.open_dataset(root), inputs.bad_record
+    os.rename(f"{root}train/c1/3.jpg", f"{root}3.jpg")
+    def mended(*arguments):
+      os.rename(f"{root}3.jpg", f"{root}train/c1/3.jpg")
+      return bad_record(*arguments)
+    with patch(inputs, "bad_record", mended):
+      with self.refused("^.*/c1/3.jpg; No such file .*; read once more, it was right: start again$"):
+        list(self.eval_batches(4, data, "train"))
 
   def test_dataset_errors(self):
-    with folder() as root, contextlib.chdir(root), printed():
+    with temporary_folder() as root, contextlib.chdir(root), printed():
       write_folder(root, {"two/train/a/1.jpg": b"", "flat/train/1.jpg": b""})
       for name, data_dir, prepare, message in (
           ("imagenet2012", root, True, "downloads/manual.*ILSVRC2012_img_train.tar"),
           ("imagenet2012", root, False, 'python -c "import input_pipeline; .*open_dataset'),
           ("./nowhere", root, True, "expected a name in TFDS"), ("./flat", root, True, "no images"),
           ("cifar10:9.9.9", root, True, "9.9.9"), ("two", root, True, "did you mean ./two"),
+          ("imagnet2012", root, True, "not found.*Did you mean: imagnet2012 -> imagenet2012"),
           ("patterns", "/dev/null/x", True, "--data_dir=/dev/null/x: .*Not a directory")):
         with self.refused(f"(?s)--dataset={name} .*{message}"):
           inputs.open_dataset(name, data_dir, prepare)
     with self.refused("no image with classes in 'name', but .*'label'"):
       inputs.class_names(self.numbers, "name")
+    image, tensor = tfds.features.Image(shape=(8, 8, 1), dtype=np.float32), tfds.features.Tensor(
+        shape=(8, 8, 3), dtype=np.uint8)
+    for odd in (image, tensor):
+      info = types.SimpleNamespace(features={"image": odd, "label": tfds.features.ClassLabel(num_classes=2)})
+      with self.refused("odd has no image .*'image': .*expected an Image of integers"):
+        inputs.class_names(types.SimpleNamespace(name="odd", info=info))
     with patch(type(self.numbers.info), "disable_shuffling", True), printed() as out, \
         patch(tfds, "builder", lambda *_, **__: self.numbers):
       inputs.open_dataset("numbers")
     self.assertIn("numbers was prepared without shuffling", out.getvalue())
 
+  def test_archives_that_are_none(self):
+    root = self.folder(dict.fromkeys(
+        (f"downloads/manual/ILSVRC2012_img_{name}.tar" for name in ("train", "val")), b"<html>"))
+    with self.refused(f"--data_dir={root}: truncated header; .*{root}/downloads/manual"), \
+        printed():
+      inputs.open_dataset("imagenet2012", root)
+
   def test_preparing_while_another_process_does(self):
     """Who comes second opens what the first one made. The module may be loaded again."""
     importlib.reload(inputs)
-    root, patterns = self.create_tempdir().full_path, inputs.Patterns
-    few = lambda self, _: {"train": self._generate_examples(0, 20)}
-    prepare = patterns.download_and_prepare
-    def late(self):
-      prepare(patterns(data_dir=root))
-      raise FileExistsError(17, "File exists")
-    with patch(patterns, "_split_generators", few), printed() as out, \
-        patch(patterns, "download_and_prepare", late):
+    root, make = self.create_tempdir().full_path, inputs.patterns
+    def late(data_dir):
+      builder = make(data_dir)
+      builder._split_datasets = {"train": itertools.islice(builder._split_datasets["train"], 20)}
+      prepare = builder.download_and_prepare
+      def fail():
+        prepare()
+        raise FileExistsError(17, "File exists")
+      builder.download_and_prepare = fail
+      return builder
+    with patch(inputs, "patterns", late), printed() as out:
       dataset = inputs.open_dataset("patterns", root)
     self.assertEqual(inputs.split_size(dataset, "train"), 20)
     self.assertEqual(out.getvalue(), f"Preparing patterns in {root}/patterns/2.0.0 ...\n")
+    with self.refused(f"{root}/patterns/2.0.0 has nothing in 'validation', only .*delete it"):
+      inputs.split_size(dataset, "validation")
 
 
 # --- Weights, checkpoints, runs ---
@@ -1063,8 +1204,8 @@ def noise_folder(root):
 
 def run(*arguments):
   """`train.py` with these arguments, in this process: what it printed."""
-  with flagsaver.flagsaver(), printed() as out, patch(signal, "signal"), \
-      patch(train, "received_signal", 0):
+  with flagsaver.flagsaver(), printed() as out, patch(train, "listen_for_signals"), \
+      patch(train.Stop, "number", 0), patch(train.Stop, "then", "now"):
     try:
       assert train.run(flags.FLAGS(["train.py", *arguments])) is None  # exit code 0
     except SystemExit as error:
@@ -1120,7 +1261,7 @@ class Case(parameterized.TestCase):
   def assert_same_state(self, one, other):
     one, other = self.arrays(one), self.arrays(other)
     for name, x in one.items():
-      if name not in ("flags", "defaults"):
+      if name != "recipe":
         same(x, other[name], name)
 
   def weights(self, of=TINY, change={}, **about):
@@ -1159,37 +1300,43 @@ class WeightsTest(Case):
       close(x, flat[name].astype(np.float32), err_msg=name)
 
   @cases(
-      ({}, {}, ""), ({"attention": "xla"}, None, ""), ({"rope": 0}, {"rope": 0}, ""),
-      ({"rope": 1}, {"rope": 0}, "rope"), ({"attention": "cudnn"}, None, "attention"),
-      ({"pool": "max"}, {}, "pool=max"), ({"variant": 8}, {}, ""),
-      ({"posemb": "learned"}, {}, "pos_embedding missing"), ({"dtype": "int8"}, {}, "int8"),
-      ({"num_classes": 4}, {}, "head/bias float32"))
-  def test_what_a_checkpoint_says_of_itself(self, change, defaults, message):
-    """What this code does not know is left out at its writer's default, and refused otherwise."""
-    said = TINY._replace(image_size=24)  # which no array shows
-    about = {} if defaults is None else {"defaults": as_json(defaults)}
-    path = self.weights(config=as_json(said._asdict() | change), flags=as_json({}), **about,
-                        label_names=np.array(["a", "b", "c"]))
-    if change.keys() <= {"attention", "rope"} and not message:
+      ({}, ""), ({"rope": 0}, "rope"), ({"pool": "max"}, "pool=max"), ({"variant": 8}, ""),
+      ({"posemb": "learned"}, "pos_embedding missing"), ({"dtype": "int8"}, "int8"),
+      ({"num_classes": 4}, "head/bias float32"))
+  def test_what_a_checkpoint_says_of_itself(self, change, message):
+    """A field that this code does not know is refused; one that it lacks has its default."""
+    said = TINY._replace(image_size=24, pool="gap")  # which no array shows
+    fields = said._asdict() | change
+    del fields["posemb" if "posemb" not in change else "head"]
+    path = self.weights(config=as_json(fields), label_names=np.array(["a", "b", "c"]))
+    if not change:
       self.assertEqual(model.load(path)[1:], (said, ("a", "b", "c")))
     else:  # adopted by its shapes, it would be another model
       with self.assertRaisesRegex(model.WeightsError, f"^--.*{path}.*{message}.*$"):
         model.load(path)
 
   @cases(
-      ({"pos_embedding": np.float32(1)}, "no ViT in it"),
-      ({"embedding/kernel": np.zeros(3)}, "no ViT in it"),
+      ({"pos_embedding": np.float32(1)}, "is no ViT that"),
+      ({"embedding/kernel": np.zeros(3)}, "is no ViT that"),
       # All that is wrong is listed.
       ({"embedding/bias": None, "Transformer/encoder_norm/bias": np.zeros(5, np.float32),
         "surprise": np.zeros(1), "pre_logits/bias": np.zeros(32, np.int32),
         "head/bias": np.float32([0, np.nan, 0])},
        r"encoder_norm/bias float32 \(5,\), expected floats \(32,\).*embedding/bias missing.*"
        r"head/bias not finite.*pre_logits/bias int32 \(32,\), expected floats.*surprise unknown"),
-      *(({}, f"--{name}={value} contradicts --init.*holds {name}=", {name: value}) for name, value
-        in (("head", "linear"), ("pool", "cls"), ("posemb", "learned"), ("variant", "S/16"))))
+      *(({}, f"--{name}={value} contradicts --init.*, of {name}=", {name: value}) for name, value
+        in (("head", "linear"), ("pool", "cls"), ("posemb", "learned"), ("variant", "S/16"),
+            ("num_classes", 4))))
   def test_refused_weights(self, change, message, given={}):
     with self.assertRaisesRegex(model.WeightsError, message):
       model.load(self.weights(change=change), **{"image_size": 16} | given)
+
+  def test_blocks_are_counted_where_they_are(self):
+    """And not at a head that attends, too."""
+    shapes = {name: np.zeros(shape) for name, shape in shapes_of(TINY).items()}
+    more = {"MAPHead_0/MultiHeadDotProductAttention_0/query/bias": np.zeros((2, 16)),
+            "MAPHead_0/LayerNorm_0/scale": np.zeros(32)}
+    self.assertEqual(model.config_of_shapes(shapes | more).variant, "mu/8")
 
   def test_resample_posemb(self):
     grid = np.array([0, 4, 8, 12], np.float32).reshape(1, 4, 1)
@@ -1218,6 +1365,8 @@ class WeightsTest(Case):
                      "--eval_only", f"--init={out}")
         self.assertRegex(log, f"Starting with a new head: --init has 3 other .*{names[0]}")
         self.assertAlmostEqual(float(losses(log)["1"]), math.log(3), places=3)
+        self.assertNotIn("new head", self.run_it(f"--init={out}", "--mixup=0", "--epochs=1",
+                                                 f"--workdir={self.root}/{names}"))
     headless = self.weights(change={"head/kernel": None, "head/bias": None})
     self.refused("needs --init=FILE.npz with a head", "--eval_only", f"--init={headless}")
     self.assertIn("Starting with a new head", self.run_it(f"--init={headless}"))
@@ -1233,19 +1382,22 @@ class CheckpointTest(Case):
     return {"params": params, "opt_state": ((), {"mu": mean}, np.int32(step + 1)),
             "step": np.int32(step)}
 
-  def about(self, defaults={}, **flag_values):
-    values = {"lr": 1, "label_names": ["a", "b"], "process_count": 1} | flag_values
-    return {"flags": values, "config": {}, "defaults": {"lr": 1} | defaults}
+  def recipe(self, **values):
+    return {"lr": 1, "label_names": ("a", "b"), "process_count": 1} | values
 
-  def save(self, step, **about):
+  def save(self, step, **values):
     os.makedirs(self.workdir, exist_ok=True)
-    return train.save_checkpoint(self.workdir, self.state(step), about or self.about())
+    train.save_checkpoint(self.workdir, self.state(step), TINY, self.recipe(**values), None).result()
+    return train.checkpoint_path(self.workdir, step)
 
-  def restore(self, state=None, allow_changes=False, **about):
+  def restore(self, state=None, allow_changes=False, recipe=None, **defaults):
     with printed() as out:
-      state = train.restore_checkpoint(self.workdir, state or self.state(),
-                                       about or self.about(), allow_changes)
+      state = train.restore_checkpoint(self.workdir, state or self.state(), recipe or self.recipe(),
+                                       defaults, allow_changes)
     return state, out.getvalue()
+
+  def refused(self, message, *args, **kwargs):
+    self.assertRaisesRegex(train.UserError, message, self.restore, *args, **kwargs)
 
   def test_round_trip(self):
     os.makedirs(self.workdir)
@@ -1258,8 +1410,11 @@ class CheckpointTest(Case):
     with np.load(path) as file:  # as in the README
       same(file["params/head/kernel"], expected["params"]["head"]["kernel"])
       self.assertEqual(file["label_names"].tolist(), ["a", "b"])
+      self.assertEqual(json.loads(file["config"].item()), TINY._asdict())
+    state["params"]["head"]["bias"] = np.zeros(4, np.float32)
+    self.refused(r"no params/head/bias of shape \(4,\)", state, allow_changes=True)
 
-  @cases("cut", "text", "flipped bit", "pickle", "foreign")
+  @cases("cut", "text", "flipped bit", "pickle", "foreign", "recipe")
   def test_a_damaged_file_is_named(self, damage):
     self.save(1)
     path = self.save(2)
@@ -1269,53 +1424,73 @@ class CheckpointTest(Case):
     with open(path, "wb") as f:
       if damage == "pickle":
         np.savez(f, step=np.array([{}]))
-      if damage == "foreign":
-        np.savez(f, step=1)
+      if damage in ("foreign", "recipe"):
+        np.savez(f, step=1, **({"recipe": as_json({}).item()[:1]} if damage == "recipe" else {}))
       f.write({"cut": data[:-100], "text": b"hello", "flipped bit": data}.get(damage, b""))
-    self.assertRaisesRegex(train.UserError, f"{path} is damaged; delete it", self.restore)
+    self.refused(f"{path} is damaged; delete it")
     os.remove(path)
     self.assertEqual(int(self.restore()[0]["step"]), 1)
 
-  @cases(
-      ({}, {}, None), ({"lr": 2}, {}, r"lr=1 \(now 2\)"),
-      ({"label_names": ["b", "a"]}, {}, r"label_names=\['a', 'b'\] \(now \['b', 'a'\]\)"),
-      ({"num_examples": 53}, {"num_examples": 60}, r"num_examples=60 \(now 53\)"),
-      ({"num_examples": 53}, {}, None),  # an earlier version did not say
-      ({"process_count": 2}, {}, r"process_count=1 \(now 2\)"),
-      ({"data_order": 1}, {"data_order": 2}, r"data_order=2 \(now 1\)"),
-      ({"new": 3}, {}, r"new=0 \(now 3\)"), ({"new": 0}, {}, None),  # a fork's, at its default
-      ({}, {"new": 3}, r"new=3 \(now 0\)"), ({}, {"new": 0}, None),
-      ({"grad_accum": 2}, {"grad_accum": 1}, None))
-  def test_another_run_is_refused(self, now, before, message):
-    defaults = {"new": 0, "process_count": 1, "num_examples": now.get("num_examples")}
-    self.save(1, **self.about({"new": 0}, **before))
-    restore = functools.partial(self.restore, **self.about(defaults, **now))
-    if message:
-      self.assertRaisesRegex(train.UserError, f"{message}.*--allow_changes", restore)
-    state, _ = restore(allow_changes=bool(message))
-    self.assertEqual(int(state["step"]), 1)
-    state["params"]["head"]["bias"] = np.zeros(4, np.float32)
-    self.assertRaisesRegex(train.UserError, r"no params/head/bias of shape \(4,\)", restore, state,
-                           allow_changes=True)
+  @cases(PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError())
+  def test_what_cannot_be_read_now_is_no_reason_to_delete(self, error):
+    path = self.save(1)
+    with patch(np, "load", side_effect=error):
+      with self.assertRaises(model.WeightsError) as found:
+        self.restore()
+    self.assertEqual(str(found.exception), f"{path} cannot be read: {error!r}")
+    self.assertEqual(int(self.restore()[0]["step"]), 1)
 
-  def test_a_checkpoint_of_the_first_version(self):
-    """It said less, and did not cap windows of large records; a single one has the same order."""
-    self.run_it(f"--workdir={self.root}/whole")
-    self.run_it("--checkpoint_every=15")
-    os.remove(f"{self.workdir}/checkpoint_00000020.npz")
-    path, = train.checkpoints(self.workdir)
-    arrays = {name: x for name, x in self.arrays().items() if name not in ("config", "defaults")}
-    said = json.loads(arrays["flags"].item()) | {"grad_accum": 2}
-    for name in "label_names num_examples num_classes process_count data_order pool".split():
-      del said[name]
-    np.savez(path, **arrays | {"flags": as_json(said)})
-    self.assertEqual(model.load(path)[1:], (TINY, COLORS))
-    for window in (7, 40):
-      with patch(inputs, "window_size", lambda *_: window):
-        self.refused(r"data_order=0 \(now 1\)")
-    with patch(inputs, "window_size", lambda *_: 41):
-      self.assertRegex(self.run_it(), "(?s)Resuming after step 15.*step 16/20")
-    self.assert_same_state(f"{self.root}/whole", self.workdir)
+  def test_a_name_that_is_not_its_step(self):
+    path = self.save(25)
+    for name in ("50", "51"):
+      shutil.copy(self.save(10), train.checkpoint_path(self.workdir, int(name)))
+    self.refused("checkpoint_00000051.npz holds step 10: rename or delete it")
+    self.save(26)  # which no newer name deletes
+    self.assertEqual(self.steps(), [25, 26, 50, 51])
+
+  @cases(
+      ({}, {}, {}, None), ({"lr": 2}, {}, {}, r"lr=1 \(now 2\)"),
+      ({"label_names": ("b", "a")}, {}, {}, r"label_names=\['a', 'b'\] \(now \['b', 'a'\]\)"),
+      ({"process_count": 2}, {}, {}, r"process_count=1 \(now 2\)"),
+      ({"order": 1}, {"order": 2}, {}, r"order=2 \(now 1\)"),
+      # A fork's flag, which the file lacks: at its default, or not.
+      ({"new": 0}, {}, {"new": 0}, None), ({"new": 3}, {}, {"new": 0}, r"new=0 \(now 3\)"),
+      # What only the file has.
+      ({}, {"new": 0}, {}, r"new=0 \(now unknown\)"), ({}, {"new": None}, {}, "new=None"))
+  def test_another_run_is_refused(self, now, before, defaults, message):
+    self.save(1, **before)
+    if message:
+      self.refused(f"{message}.*--allow_changes", recipe=self.recipe(**now), **defaults)
+    state, _ = self.restore(recipe=self.recipe(**now), allow_changes=bool(message), **defaults)
+    self.assertEqual(int(state["step"]), 1)
+
+  def test_version_1(self):
+    """From version 1.0 on, checkpoints stay readable: this one is written by hand."""
+    params = model.flatten(model.init_params(0, TINY))
+    names = [*params]
+    self.assertLen(names, 24)
+    arrays = {f"params/{name}": np.asarray(x) for name, x in params.items()}
+    for moment, dtype in (("mu", jnp.bfloat16), ("nu", np.float32)):
+      arrays |= {f"opt_state/1/{moment}/{name}": np.zeros(x.shape, dtype)
+                 for name, x in params.items()}
+    arrays |= {"opt_state/1/count": np.int32(15), "opt_state/4/count": np.int32(15),
+               "step": np.int32(15), "label_names": np.array(["blue", "green", "red"])}
+    config = """{"variant": "mu/8", "image_size": 16, "posemb": "sincos2d", "pool": "gap",
+        "head": "mlp", "num_classes": 3, "dtype": "float32"}"""
+    recipe = f"""{{"epochs": 4.0, "batch_size": 8, "dataset": "{self.data}", "train_split": "train",
+        "variant": "mu/8", "image_size": 16, "num_classes": 3, "dtype": "float32",
+        "randaug_layers": 0, "warmup_steps": 2, "label_names": ["blue", "green", "red"],
+        "num_examples": 40, "process_count": 1}}"""
+    os.makedirs(self.workdir)
+    path = train.checkpoint_path(self.workdir, 15)
+    self.assertEndsWith(path, "/checkpoint_00000015.npz")
+    np.savez(path, **arrays, config=config, recipe=recipe)
+    loaded = model.load(path)
+    self.assertEqual(loaded[1:], (TINY, COLORS))
+    same(loaded[0]["head"]["kernel"], arrays["params/head/kernel"])
+    self.assertRegex(self.run_it(), "(?s)does not say its data, order: not compared.*Resuming after "
+                     "step 15.*step 16/20.*Done")
+    self.assertEqual(set(self.arrays()), {*arrays, "config", "recipe"})
 
 
 class RunTest(Case):
@@ -1326,22 +1501,22 @@ class RunTest(Case):
             "--log_every=9", "--eval_every=15", "--eval=train[80%:],val", "--workdir=~/run")
     os.rename(f"{self.data}validation", f"{self.data}val")  # a folder's own split of this name
     self.addCleanup(os.rename, f"{self.data}val", f"{self.data}validation")
-    clock = iter(np.arange(0, 1e6, 10.0))
+    clock = iter(np.arange(0, 1e6, 8.0))
     with patch(time, "perf_counter", lambda: next(clock)), \
         mock.patch.dict(os.environ, HOME=self.root):
       log, again = self.run_it(*flag), self.run_it(*flag)
     path = f"{self.workdir}/checkpoint_00000020.npz"
     for part in (rf"^mu/8 with .* 20 steps of 8, 40 images .*{self.workdir}\.\nCompiling the step",
                  "\nstep 1/20 .* compiled and done after .* s\n",
-                 r"step 9/20  epoch 1.80  loss \S+  lr \S+  grad \S+  \d+ images/s  waiting for dat"
-                 r"a \d+%  \d+ min left\n", r"Evaluation at step 20:\n  train\[80%:\] .* 8 image",
+                 r"step 9/20  epoch 1.80  loss \S+  lr \S+  grad \S+  0\.\d images/s  waiting for dat"
+                 r"a \d+%  \d+ min left\n", r"step 20/20 .* 0 s left\nEvaluation at step 20:\n  trai"
+                 r"n\[80%:\] .* 8 images\n",
                  rf"\n  val .* 13 images\nDone: {path}\n$"):
       self.assertRegex(log, part)
     steps, evaluations = lines_of(self.workdir)
     self.assertEqual({str(line["step"]): f"{line['loss']:.4f}" for line in steps}, losses(log))
-    # Each look at the clock is 10 s later. So all steps are lines but those that are read together
-    # with the step before, as they are to be saved.
-    self.assertEqual({line["step"] for line in steps}, {*range(1, 21)} - {5, 10, 15})
+    # Each look at the clock is 8 s later, three of them in a step: after 30 s, a step is a line.
+    self.assertContainsSubset({1, 3, 9, 18, 20}, {line["step"] for line in steps})
     self.assertEqual([line["step"] for line in evaluations], [15, 20, 20])
     with tf.io.gfile.GFile(tf.io.gfile.glob(f"{self.workdir}/events*")[0], "rb") as f:
       self.assertIn(b"train[80%:]/top1", f.read())
@@ -1349,45 +1524,69 @@ class RunTest(Case):
     # A batch of 12 is shared by eight devices, too; nothing is written.
     evaluated = run("--eval_only", f"--init={path}", f"--dataset={self.data}", "--batch_size=12",
                     "--eval=val", f"--workdir={self.root}/none")
-    self.assertEqual(evaluated.splitlines(), log.splitlines()[-2:-1])
+    self.assertEqual(evaluated.splitlines(), [
+        f"--init was trained on --dataset={self.data}", f"mu/8 of {path} on {{'val': 13}} images:",
+        *log.splitlines()[-2:-1]])
     self.assertFalse(os.path.exists(f"{self.root}/none"))
+    # The flags are there to be read, by a person and by --flagfile.
+    with flagsaver.flagsaver():
+      flags.FLAGS(["train.py", f"--flagfile={self.workdir}/flags.txt"])
+      self.assertEqual((flags.FLAGS.eval, flags.FLAGS.pool, flags.FLAGS.init),
+                       (["train[80%:]", "val"], "cls", None))
 
   def test_a_run_is_its_data(self):
     data = shutil.copytree(self.data, f"{self.root}/own") + "/"
     again = lambda *more: self.run_it(f"--dataset={data}", *more)
     again()
+    shutil.copy(f"{data}validation/red/0.png", f"{data}validation/red/more.png")
+    self.assertIn("already finished", again())  # a run is not what it is evaluated on
     image, = tf.io.gfile.glob(f"{data}train/blue/38.png")
-    os.remove(image)
+    os.rename(image, f"{data}train/red/38.png")
+    self.refused(r"data=\d+ \(now \d+\)", f"--dataset={data}")
+    os.remove(f"{data}train/red/38.png")
     self.refused(r"num_examples=40 \(now 39\)", f"--dataset={data}")
     self.assertIn("Resuming", again("--allow_changes", "--epochs=5"))
     for split in ("train", "validation"):
       os.rename(f"{data}{split}/green", f"{data}{split}/wasp")
     self.refused(r"label_names=.*'green'.*\(now .*'wasp'", f"--dataset={data}", "--epochs=5")
 
+  @cases(("validation/Red", "bad record .*validation/Red/.*: label is none of 3 classes; in a folder"),
+         ("val/images", "bad record .*val/images/.*: label is none of 3", "--eval=val"),
+         ("train/train/red", "only {'train': .*/train/train/red/.*expected .*SPLIT/CLASS/IMAGE"))
+  def test_folders_that_are_not_what_they_look_like(self, folder, message, *more):
+    files = {f"{split}/{name}/{i}.jpg": encoded(color=name)
+             for split in ("train", "validation") for name in COLORS for i in range(3)}
+    if "train" in folder:
+      files = {}
+    root = write_folder(f"{self.root}/own", files | {f"{folder}/{i}.jpg": encoded() for i in (1, 2)})
+    self.refused(message, f"--dataset={root}", "--batch_size=8", "--epochs=40", *more)
+    self.assertFalse(os.path.exists(self.workdir))  # before any training
+
   def test_a_signal_ends_a_run_and_it_goes_on(self):
     whole, more = f"{self.root}/whole", ("--eval_every=7", "--randaug_layers=2")
     self.run_it(f"--workdir={whole}", *more)
-    step = train.read_metrics
-    def interrupted(number, metrics):
-      if number == 6:
-        train.handle_signal(15, None)
-        signal.signal.assert_called_with(signal.SIGINT, signal.SIG_DFL)  # for a second one
-      return step(number, metrics)
-    with patch(train, "read_metrics", interrupted):
+    log_step = train.RunLog.log_step
+    def interrupted(run_log, step, *arguments):
+      if step == 6:
+        train.Stop.number = 15
+      return log_step(run_log, step, *arguments)
+    with patch(train.RunLog, "log_step", interrupted):
       log = self.run_it(*more)
-    # The metrics of step 6 are read during step 7, whose evaluation is made up for.
+    # The metrics of step 6 are read during step 7.
     self.assertRegex(log, "Stopped after step 7; the same command goes on .*\n\nexit: 143$")
     self.assertEqual(self.steps(), [5, 7])
     again = self.run_it(*more)
-    self.assertEqual(re.findall("Resuming after step (.*) from|Evaluation at step (.*):", again),
-                     [("7", ""), ("", "7"), ("", "14"), ("", "20")])
+    self.assertEqual(
+        re.findall("Resuming after step (.*) from|Reading past (.*) images|Evaluation at step (.*):",
+                   again), [("7", "", ""), ("", "16", ""), ("", "", "14"), ("", "", "20")])
+    self.assertRegex(again, "Reading past .*\nCompiling the step")
     self.assert_same_state(whole, self.workdir)
 
   def test_a_full_disk(self):
     """A checkpoint of which a part is written is none."""
     gfile, failed = tf.io.gfile.GFile, []
-    def full(path, mode):
-      if failed or path.endswith("log.jsonl") or self.steps() != [5, 10]:
+    def full(path, mode="r"):
+      if failed or "checkpoint" not in path or self.steps() != [5, 10]:
         return gfile(path, mode)
       failed.append(path)
       with gfile(path, mode) as f:
@@ -1396,8 +1595,64 @@ class RunTest(Case):
     with patch(tf.io.gfile, "GFile", full):
       self.refused("No space left on device. Mend this")
     self.assertEqual(self.steps(), [5, 10])
+    with open(f"{self.workdir}/log.jsonl", "a") as f:
+      f.write('{"step": 1')  # its last line is cut off, too
     self.assertIn("Resuming after step 10", self.run_it())
     self.assertEqual(self.steps(), [15, 20])
+    with open(f"{self.workdir}/log.jsonl") as f:
+      half, = [line for line in f if not line.endswith("}\n")]
+    self.assertEqual(half, '{"step": 1\n')
+    error = tf.errors.ResourceExhaustedError(
+        None, None, "{{function_node __wrapped__FlushSummaryWriter_device_/job:x}} a/b.v2; No space")
+    with patch(train, "main", side_effect=error):
+      self.refused("^a/b.v2; No space. Mend this")
+
+  def test_out_of_memory(self):
+    with patch(train, "main", side_effect=jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\n\nmany\nlines")):
+      self.refused("^RESOURCE_EXHAUSTED: Out of memory.*; give a larger --grad_accum or a smaller "
+                   "--batch_size$")
+
+  @cases(ZeroDivisionError("unknown"), train.UserError("known"))
+  def test_an_error_in_one_of_several_processes_ends_it(self, error):
+    stderr = io.StringIO()
+    with patch(train, "main", side_effect=error), contextlib.redirect_stderr(stderr), \
+        patch(jax.distributed, "is_initialized", return_value=True), \
+        patch(os, "_exit", side_effect=SystemExit) as ended:
+      self.run_it()
+    ended.assert_called_once_with(1)
+    self.assertEndsWith(stderr.getvalue(), f"Error: {error}\n")
+    self.assertEqual("Traceback" in stderr.getvalue(), str(error) == "unknown")
+
+  def test_processes_agree(self):
+    about, rows = {"label_names": ("a", "b"), "data": 7}, []
+    def gathered(others):
+      def gather(sums):
+        rows.append(sums)
+        return np.stack([sums, *others])
+      with patch(train.multihost_utils, "process_allgather", gather):
+        train.check_agreement(about)
+    gathered([])
+    gathered(rows)  # the same
+    with flagsaver.flagsaver(workdir="other", data_dir="other", process_id=1, allow_changes=True):
+      gathered(rows[:1])  # each process may have its own
+    for change in (dict(lr=2.0), dict(log_every=3), dict(eval=["val"]), dict(eval_only=True),
+                   dict(grad_accum=2), dict(eval_every=3), dict(checkpoint_every=3)):
+      name, = change
+      with flagsaver.flagsaver(**change):
+        with self.assertRaisesRegex(train.UserError, f"only some have {name}=[^;]*$"):
+          gathered(rows[:1])
+    about = {"label_names": ("a", "c"), "data": 8}
+    with self.assertRaisesRegex(train.UserError, r"have label_names=\('a', 'c'\); data=8$"):
+      gathered(rows[:1])
+    self.assertEqual(rows[0].dtype, np.uint32)  # 64-bit numbers would be cut
+    self.assertLen({x.shape for x in rows}, 1)
+    about = {}
+    with open(f"{self.root}/code.py", "w") as f:
+      f.write("other")
+    with patch(augment, "__file__", f"{self.root}/code.py"):
+      with self.assertRaisesRegex(train.UserError, "only some have code="):
+        gathered(rows[:1])
 
   def test_a_loss_that_is_not_finite(self):
     said = self.refused("not finite at step .*loss.*--lr", "--lr=1e6", "--grad_clip_norm=0",
@@ -1413,21 +1668,27 @@ class RunTest(Case):
       ("--dataset=nothing", "--dataset=nothing .*TFDS"),
       ("--eval=test", "nothing in 'test', only .*--eval"),
       ("--workdir=/dev/null/x", "Not a directory.*null/x"), ("stray.jpg", "stray.jpg.*expected flags"),
-      ("--init=/nowhere.npz", "/nowhere.npz is no .npz file that can be read: .*No such file"),
+      ("--init=/nowhere.npz", "/nowhere.npz cannot be read: .*No such file"),
       ("--coordinator=localhost:1", "--num_processes and --process_id go together"),
       ("--num_processes=2 --process_id=1", "--coordinator"), ("--workdir=", "--workdir=: expected"),
+      ("--coordinator=a --num_processes=2 --process_id=1", "--coordinator=HOST:PORT"),
       ("--eval=", "--eval="), ("--lr=nan", "--lr=nan: .*finite"))
   def test_bad_input_is_one_line(self, flag, message):
     self.refused(message, f"--data_dir={self.root}", *flag.split())
 
   @cases(({}, 0), ({"SLURM_NTASKS": "4"}, 0), ({"SLURM_STEP_NUM_TASKS": "1"}, 0),
-         ({"SLURM_STEP_NUM_TASKS": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3))
+         ({"SLURM_STEP_NUM_TASKS": "2"}, 2), ({"TPU_WORKER_HOSTNAMES": "a,b,c"}, 3),
+         ({"TPU_WORKER_HOSTNAMES": "WARNING: no hostnames, please set them"}, 0),
+         ({"OMPI_COMM_WORLD_SIZE": "2"}, 2))
   def test_processes_are_joined(self, env, count):
     with patch(jax.distributed, "initialize") as initialize, mock.patch.dict(os.environ, env), \
         printed() as out:
       train.start_processes(None, None, None)
-    self.assertEqual(initialize.call_count, bool(count))
-    self.assertIn(f"Waiting for all {count} processes" if count else "", out.getvalue())
+      self.assertEqual(initialize.call_count, bool(count))
+      self.assertIn(f"Waiting for all {count} processes" if count else "", out.getvalue())
+      initialize.side_effect = ValueError("coordinator_address should be defined.")
+      with self.assertRaisesRegex(train.UserError, "--coordinator=.*, --num_processes and --process_id"):
+        train.start_processes(None, 2, None)
 
   # Runs that are killed need processes of their own.
 
@@ -1466,12 +1727,64 @@ class RunTest(Case):
     self.assertRegex(self.run_it(*more), f"(?s)Resuming after step {reached} .*Done")
     self.assert_same_state(f"{self.root}/whole", self.workdir)
 
-  def pair(self, *more):
+  def test_signals_that_come_often_and_a_screen_that_knows_few_letters(self):
+    """SIGHUP and SIGUSR1 stop as SIGTERM does, however often; nohup's is ignored."""
+    def start(name, *more, **kwargs):
+      return self.start("--epochs=4000", "--checkpoint_every=9999", "--eval_every=9999",
+                        f"--workdir={self.root}/{name}", *more, **kwargs)
+    with mock.patch.dict(os.environ, PYTHONIOENCODING="ascii"):
+      ended = start("w\u00f6rk")
+    ignored = start("nohup", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    for process in (ended, ignored):
+      self.read(process, "^step 8/")
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+      ended.send_signal(number)
+      time.sleep(0.01)
+    log = self.read(ended)
+    self.assertEqual(ended.returncode, 128 + signal.SIGHUP, log)
+    self.assertRegex(log, "(?s)SIGHUP: stopping after this step.*Stopped after step")
+    self.assertLen(train.checkpoints(f"{self.root}/w\u00f6rk"), 1)
+    ignored.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    ignored.send_signal(signal.SIGUSR1)
+    log = self.read(ignored)
+    self.assertEqual(ignored.returncode, 128 + signal.SIGUSR1)
+    self.assertNotIn("HUP", log)
+
+  def test_a_signal_is_heard_while_the_process_waits(self):
+    """In a step, in an evaluation, and where nothing would be saved; a second one ends it at once."""
+    script = """if True:
+        import sys, time, threading, train
+        from unittest import mock
+        train.listen_for_signals()
+        train.Stop.then = sys.argv[1]
+        print("step 1/", flush=True)
+        lock = threading.Lock()  # to wait for it is C code, as to wait for a step
+        with lock:
+          lock.acquire()
+        """
+    for then, first, code in (("after this step", signal.SIGUSR1, None),
+                              ("after this evaluation and one more step", signal.SIGINT, None),
+                              ("now", signal.SIGHUP, 129)):
+      process = subprocess.Popen([sys.executable, "-u", "-c", script, then], cwd=HERE, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+      self.read(process, "step 1/")
+      process.send_signal(first)
+      self.assertEqual(process.stdout.readline(), f"{first.name}: stopping {then}\n")
+      if code is None:
+        process.send_signal(signal.SIGTERM)
+        if first != signal.SIGINT:  # so that it was the first SIGTERM
+          self.assertEqual(process.stdout.readline(), f"SIGTERM: stopping {then}\n")
+          process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.stdout.readline(), "SIGTERM: stopping now\n")
+      self.assertEqual(process.wait(5), code or 143)
+
+  def pair(self, *more, own=("", "")):
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
       more += f"--coordinator=127.0.0.1:{s.getsockname()[1]}", "--num_processes=2"
-    return [self.start("--epochs=24", *more, f"--process_id={i}", "--batch_size=16",
-                       "--log_every=4", stderr=subprocess.STDOUT) for i in range(2)]
+    return [self.start("--epochs=24", "--batch_size=16", "--log_every=4", *more, *own[i].split(),
+                       f"--process_id={i}", stderr=subprocess.STDOUT) for i in range(2)]
 
   def test_two_processes(self):
     """One is lost; a signal to the second one stops both; resumed, they end as one would here."""
@@ -1486,7 +1799,7 @@ class RunTest(Case):
     self.assertEqual([process.returncode for process in first], [143, 143], log)
     stopped = int(re.search("Stopped after step (.*);", log)[1])
     self.assertEqual((stopped % 4, self.steps()[-1]), (0, stopped))
-    self.refused(r"process_count=2 \(now 1\)", "--epochs=24")
+    self.refused(r"process_count=2 \(now 1\)", "--epochs=24", "--batch_size=16")
     again = self.pair()
     log, second = ended(again)
     self.assertEqual([process.returncode for process in again], [0, 0], log + second)
@@ -1508,6 +1821,33 @@ class RunTest(Case):
       same(arrays[name], x, name)
     self.assertRegex(ended(lost)[0], "another process was lost|another task died")
     self.assertNotEqual(lost[0].returncode, 0)
+
+  def test_two_processes_that_differ(self):
+    other = shutil.copytree(self.data, f"{self.root}/other")
+    for split in ("train", "validation"):
+      os.rename(f"{other}/{split}/green", f"{other}/{split}/wasp")
+    pairs = (self.pair(own=("--head=mlp", "--head=linear")),
+             self.pair(own=("", f"--dataset={other}/")))
+    for pair, named in zip(pairs, ("head=", "dataset=.*label_names=")):
+      for process in pair:
+        log = process.communicate(timeout=100)[0]
+        self.assertRegex(log.splitlines()[-1], f"^Error: .*only some have .*{named}")
+        self.assertEqual(process.returncode, 1)
+
+  def test_a_second_signal_where_another_process_stands_still(self):
+    pairs = [self.pair("--epochs=4000", f"--workdir={self.root}/{i}") for i in range(2)]
+    for i, pair in enumerate(pairs):
+      self.read(pair[0], "^step 8/")
+      pair[i].send_signal(signal.SIGSTOP)
+    for i, pair in enumerate(pairs):
+      self.addCleanup(pair[i].kill)
+      time.sleep(1)
+      for _ in range(2):
+        pair[1 - i].send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+      self.assertEqual(pair[1 - i].wait(5), 143)
+      self.assertRegex(pair[1 - i].stdout.read(), "(?s)SIGTERM: stopping after the next --log_every-th"
+                       ".*SIGTERM: stopping now\n$")
 
 
 class ReadmeTest(Case):

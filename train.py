@@ -3,8 +3,8 @@
     python train.py  # the report's first row: 90 epochs
     python train.py --eval_only --init=vit_s16_i1k_90ep.npz  # evaluates published or own weights
 
-The default of every flag is the published run. First comes the method, then `main`, then what it
-stands on. Only `main` and `run` read flags.
+The flags' defaults are the published run. First comes the method, then `main`, then its parts, of
+which only the first read flags, too.
 
 Shapes: B batch, I image side, C classes; [] is a number.
 """
@@ -20,12 +20,13 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
 from typing import NamedTuple
+import zlib
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
@@ -40,7 +41,25 @@ import model
 
 FLAGS = flags.FLAGS
 
-# The recipe: a run resumes only with the same values. The last arguments are bounds.
+# Each process may have its own. (Numbers behind a text are the least and the largest value.)
+flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes.")
+flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets.")
+flags.DEFINE_bool("allow_changes", False, "Resume although the recipe or the data has changed.")
+flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.", 1)
+flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0)
+OWN = frozenset(FLAGS)
+
+# The same on all processes, but others may be given when a run is resumed.
+flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
+flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations; the end has one, too.", 1)
+flags.DEFINE_integer("checkpoint_every", 1000, "Most steps between checkpoints; two are kept.", 1)
+flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2 or other splits.")
+flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval; no training.")
+flags.DEFINE_integer("grad_accum", 1, "Parts to take a batch in, to save memory.", 1)
+NOT_RECIPE = frozenset(FLAGS)
+
+# The recipe, every flag from here on: a run resumes only with the same values.
 flags.DEFINE_float("epochs", 90, "Passes over the training split.", 0)
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices.", 1)
 flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder.")
@@ -57,28 +76,11 @@ flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels; not multiplied by --lr.", 0)
 flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0: off.", 0)
 flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: off.", 0)
-flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products and between them.")
-flags.DEFINE_integer("seed", 0, "Of parameters, order of data, augmentations.", 0, 2 ** 32 - 1)
+flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products, see model.py.")
+flags.DEFINE_integer("seed", 0, "Of all random numbers.", 0, 2 ** 32 - 1)
 flags.DEFINE_string("init", None, "The .npz file of weights to start from.")
 
-# These may differ on resuming. A new flag is of the recipe unless it is named here.
-NOT_RECIPE = {"workdir", "data_dir", "log_every", "eval_every", "checkpoint_every",
-              "eval", "eval_only", "allow_changes", "grad_accum", "coordinator", "num_processes",
-              "process_id"}
-flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes.")
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets.")
-flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
-flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations.", 1)
-flags.DEFINE_integer("checkpoint_every", 1000, "Steps between checkpoints; two are kept.", 1)
-flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2 or other splits.")
-flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval; no training.")
-flags.DEFINE_bool("allow_changes", False, "Resume although the recipe has changed.")
-flags.DEFINE_integer("grad_accum", 1, "Parts to take a batch in, to save memory.", 1)
-flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it.")
-flags.DEFINE_integer("num_processes", None, "How many there are.")
-flags.DEFINE_integer("process_id", None, "This one, from 0.")
-
-# What --eval can name besides splits of --dataset: data set (None: --dataset), split, label.
+# Names for --eval besides the splits of --dataset: data set (None: --dataset), split, label.
 EVALS = {
     "minival": (None, "train[99%:]", "label"),
     "val": (None, "validation", "label"),
@@ -91,11 +93,16 @@ class UserError(Exception):
   """What the user can mend; only its message is printed."""
 
 
+def require(condition, message):
+  if not condition:
+    raise UserError(message)
+
+
 # --- The method ---
 
 
 class Settings(NamedTuple):
-  """What the optimiser, the loss and the step need. A flag with a field's name is that field."""
+  """What the optimiser, the loss and the step need; each field is the flag of its name."""
 
   lr: float = 1e-3
   weight_decay: float = 1e-4
@@ -105,35 +112,31 @@ class Settings(NamedTuple):
 
 
 def make_optimizer(schedule, settings=Settings()):
-  """Adam with decoupled weight decay of the kernels, in the order of the published run."""
+  """Adam with decoupled weight decay of the kernels, in the published order."""
   kernels = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
   clip = settings.grad_clip_norm
   return optax.chain(
       optax.clip_by_global_norm(clip) if clip else optax.identity(),
       optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8, mu_dtype=jnp.bfloat16),  # mu in 2 bytes
       optax.scale(settings.lr),
-      # After the learning rate, hence not multiplied by it: 1e-4 here is 0.1 in other AdamWs.
+      # After the learning rate, hence not multiplied by it: 1e-4 is 0.1 in other AdamWs.
       optax.add_decayed_weights(settings.weight_decay, mask=kernels),
       optax.scale_by_schedule(schedule),
       optax.scale(-1.0))
 
 
-# Of logits and labels [B, C]: float32 [B]; for the loss and evaluations.
-cross_entropy = optax.softmax_cross_entropy
-
-
-def loss_fn(params, batch, config, settings=Settings()):
-  """The mean over a batch, with the (mixed) labels: float32 []. settings: for what a fork adds."""
+def loss_fn(params, batch, config, settings=Settings()):  # settings: for what a fork adds
+  """Softmax cross-entropy with the (mixed) labels, the mean over a batch: float32 []."""
   logits = model.forward(params, batch["images"], config)
-  return cross_entropy(logits, batch["labels"]).mean()
+  return optax.softmax_cross_entropy(logits, batch["labels"]).mean()
 
 
 def loss_and_grads(params, batch, config, settings=Settings()):
-  """The loss and its gradients, from n = `grad_accum` equal parts of a batch, one by one."""
+  """The loss and its gradients: the means over n = `grad_accum` equal parts of a batch."""
   grad_fn, n = jax.value_and_grad(loss_fn), settings.grad_accum
   if n == 1:
     return grad_fn(params, batch, config, settings)
-  # [B, ...] -> [n, B / n, ...], every n-th row in a part, so that all devices share each part.
+  # [B, ...] -> [n, B / n, ...]: every n-th row in a part, so that all devices share each part.
   parts = jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
   def add_part(total, part):
@@ -150,23 +153,29 @@ def make_shardings(devices):
   return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
-def make_training(config, replicated, by_rows, total_steps, settings=Settings()):
-  """What is trained, and the step that does it; the state is replicated, batches split by rows.
+def state_shardings(state, replicated, by_rows):
+  """How each array of a state lies on the devices: all of it on each. by_rows: for forks."""
+  return jax.tree.map(lambda _: replicated, state)
 
-  Returns:
-    init: function(params) -> state, a dict of all that training changes and checkpoints hold.
-    step: function(state, batch) -> (state, metrics), jitted; it reuses the old state's memory.
-      batch: images [B, I, I, 3] and labels [B, C]. metrics, float32 []: loss, learning_rate,
-      grad_norm (before clipping) and param_norm (after the update).
+
+def make_training(config, replicated, by_rows, total_steps, settings=Settings()):
+  """init(params) -> state, a dict of all that training changes and checkpoints hold, and step(state,
+  batch) -> (state, metrics), which reuses the old state's memory.
+
+  batch: images [B, I, I, 3], labels float32 [B, C]. metrics, float32 []: loss, learning_rate,
+  grad_norm (before clipping), param_norm (after the update).
   """
-  # From 0, for the first update, in a line to 1, then in a cosine to 0.
+  # From 0, for the first update, in a line to 1, then in a cosine to 0 at total_steps.
   schedule = optax.warmup_cosine_decay_schedule(0, 1, settings.warmup_steps, total_steps)
   optimizer = make_optimizer(schedule, settings)
 
   def init(params):
     return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
-  @jax.jit(in_shardings=(replicated, by_rows), out_shardings=replicated, donate_argnums=0)
+  shapes = jax.eval_shape(lambda: init(model.init_params(0, config)))
+  sharded = state_shardings(shapes, replicated, by_rows)
+
+  @jax.jit(in_shardings=(sharded, by_rows), out_shardings=(sharded, replicated), donate_argnums=0)
   def step(state, batch):
     # The loss is a mean over rows that are split: hence XLA adds up the gradients of all devices.
     loss, grads = loss_and_grads(state["params"], batch, config, settings)
@@ -180,10 +189,10 @@ def make_training(config, replicated, by_rows, total_steps, settings=Settings())
 
 
 def make_eval_step(config, replicated, by_rows):
-  """function(params, batch) -> sums over rows: "count", "top1", "top5" and "loss", all [].
+  """function(params, batch) -> sums over rows, []: int32 "count", "top1", "top5", float32 "loss".
 
-  A prediction is right if it is in the row's set of labels; the loss is against them in equal
-  parts. Rows count that are in the batch's mask and, as in ReaL, have a label.
+  batch: images [B, I, I, 3], labels float32 [B, C], 1 for each right class, mask bool [B]. Rows
+  count that are in the mask and, as in ReaL, have a label; the loss takes labels in equal parts.
   """
 
   @jax.jit(in_shardings=(replicated, by_rows), out_shardings=replicated)
@@ -192,25 +201,32 @@ def make_eval_step(config, replicated, by_rows):
     counts = batch["mask"] & labels.any(1)
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
     right = jnp.take_along_axis(labels, best, 1) * counts[:, None]
-    loss = cross_entropy(logits, labels / labels.sum(1, keepdims=True).clip(1))
+    loss = optax.softmax_cross_entropy(logits, labels / labels.sum(1, keepdims=True).clip(1))
     return {"count": counts.sum(), "top1": right[:, 0].sum(), "top5": right.any(1).sum(),
             "loss": jnp.where(counts, loss, 0).sum()}
 
   return eval_step
 
 
-def evaluate(params, evals, eval_step, by_rows):
+def evaluate(params, evals, eval_step, by_rows, sizes=None):
   """Evaluates parameters on {name: function() -> batches}; prints a line for each name.
 
   Returns {"NAME/count": images with a label, "NAME/top1" and "NAME/top5" in %, "NAME/loss"}.
+  sizes: {name: number of images}, for a line every 30 s. UserError: no image has a label.
   """
   results = {}
   for name, batches in evals.items():
-    sums = collections.Counter()
+    sums, seen, started = collections.Counter(), 0, time.perf_counter()
+    said = started
     for batch in batches():
       metrics = eval_step(params, jax.make_array_from_process_local_data(by_rows, batch))
       sums.update({key: value.item() for key, value in metrics.items()})
+      seen, now = seen + len(batch["mask"]) * jax.process_count(), time.perf_counter()
+      if sizes and seen < sizes[name] and now - said > 30:
+        left, said = duration((now - started) * (sizes[name] / seen - 1)), now
+        log(f"  {name:10} {seen:,} of {sizes[name]:,} images, {left} left")
     count = sums["count"]
+    require(count, f"--eval={name}: none of its images has a label")
     top1, top5, loss = (sums[key] / count for key in ("top1", "top5", "loss"))
     log(f"  {name:10} top-1 {top1:7.2%}   top-5 {top5:7.2%}   loss {loss:.4f}   {count:,} images")
     results |= {f"{name}/count": count, f"{name}/top1": 100 * top1, f"{name}/top5": 100 * top5,
@@ -221,209 +237,282 @@ def evaluate(params, evals, eval_step, by_rows):
 # --- Training ---
 
 
-def log(message):
-  """Prints a line, on the first process only. What the screen does never ends a run."""
-  if jax.process_index() == 0:
+def main(_):
+  # Processes and their devices
+  start_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  listen_for_signals()
+  if FLAGS.eval_only:
+    return evaluate_only()
+  replicated, by_rows = make_shardings(jax.devices())
+  settings = Settings(**{field: FLAGS[field].value for field in Settings._fields})
+  require(FLAGS.batch_size % (jax.device_count() * settings.grad_accum) == 0,
+          f"--batch_size={FLAGS.batch_size}: expected a multiple of {jax.device_count()} devices "
+          f"times --grad_accum={settings.grad_accum}")
+
+  # Data and model
+  dataset = input_pipeline.open_dataset(
+      FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1, FLAGS.train_split)
+  num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
+  total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
+  require(settings.warmup_steps < total_steps,
+          f"--warmup_steps={settings.warmup_steps}: expected fewer than the run's {total_steps} "
+          f"steps, such as {total_steps // 10}, or more --epochs, or a smaller --batch_size")
+  weights, config, label_names = open_model(input_pipeline.class_names(dataset))
+  evals, eval_sizes, eval_data = open_evals(dataset, config, label_names)
+  eval_step = make_eval_step(config, replicated, by_rows)
+
+  # Parameters, optimiser, step
+  init, train_step = make_training(config, replicated, by_rows, total_steps, settings)
+  state = init(model.init_params(FLAGS.seed, config) | weights)
+
+  # What to go on from: the newest checkpoint, if there is one
+  recipe = flag_values(but=NOT_RECIPE) | config._asdict() | dict(
+      label_names=label_names, num_examples=num_examples, process_count=jax.process_count(),
+      data=input_pipeline.fingerprint(dataset, FLAGS.train_split), order=input_pipeline.ORDER)
+  defaults = config._field_defaults | {name: FLAGS[name].default for name in flag_values()}
+  check_agreement(recipe | eval_data)
+  if jax.process_index() == 0:  # it alone reads and writes the workdir
+    lock = lock_workdir(FLAGS.workdir)  # until this process ends
+    with tf.io.gfile.GFile(os.path.join(FLAGS.workdir, "flags.txt"), "w") as f:  # for --flagfile
+      f.write("\n".join(FLAGS[name].serialize() for name in flag_values(but=OWN)))
+    state = restore_checkpoint(FLAGS.workdir, state, recipe, defaults, FLAGS.allow_changes)
+  state = multihost_utils.broadcast_one_to_all(state)
+  done = int(state["step"])
+  state = jax.device_put(state, state_shardings(state, replicated, by_rows))
+
+  # Loop
+  train_image = functools.partial(
+      augment.train_image, image_size=config.image_size, randaug_layers=FLAGS.randaug_layers,
+      randaug_magnitude=FLAGS.randaug_magnitude)
+  batches = input_pipeline.train_batches(
+      dataset, FLAGS.train_split, FLAGS.batch_size, train_image, start_step=done,
+      mixup_p=FLAGS.mixup, dtype=config.dtype, seed=FLAGS.seed,
+      process_index=jax.process_index(), process_count=jax.process_count())
+  size = sum(x.size for x in jax.tree.leaves(state["params"]))
+  log(f"{config.variant} with {size:,} parameters on {jax.device_count()} x "
+      f"{jax.devices()[0].device_kind}: {total_steps:,} steps of {FLAGS.batch_size}, "
+      f"{num_examples:,} images an epoch, into {FLAGS.workdir}.")
+  if done >= total_steps:
+    log("This run is already finished.")
+  run_log = RunLog(FLAGS.workdir, done, total_steps, FLAGS.batch_size, num_examples)
+  unread = saving = stop_signal = None  # metrics of the step before; the last checkpoint's writing
+  for step in range(done + 1, total_steps + 1):
+    Stop.then = "after this step" if jax.process_count() == 1 else "after the next --log_every-th"
+    batch = jax.make_array_from_process_local_data(by_rows, run_log.next_batch(batches))
+    state, metrics = train_step(state, batch)
+    # To read metrics is to wait for their step: for the one before, so that the device has work.
+    if unread:
+      run_log.log_step(step - 1, unread, FLAGS.log_every)
+    unread = metrics
+    stop_signal = agreed_signal(step, FLAGS.log_every)
+    eval_is_due = step % FLAGS.eval_every == 0 and step < total_steps
+    if stop_signal or eval_is_due or step % FLAGS.checkpoint_every == 0 or step == total_steps:
+      run_log.log_step(step, unread, FLAGS.log_every)  # raises before it is saved
+      unread = None
+      saving = save_checkpoint(FLAGS.workdir, state, config, recipe, saving)
+    if stop_signal:
+      break
+    if eval_is_due:
+      Stop.then = "after this evaluation and one more step"
+      log(f"Evaluation at step {step}:")
+      run_log.write(step, evaluate(state["params"], evals, eval_step, by_rows, eval_sizes))
+  if saving:
+    saving.result()
+  if stop_signal:
+    log(f"Stopped after step {step}; the same command goes on from there.")
+    sys.exit(128 + stop_signal)
+  Stop.then = "now"  # all is saved
+  log(f"Evaluation at step {total_steps}:")
+  run_log.write(total_steps, evaluate(state["params"], evals, eval_step, by_rows, eval_sizes))
+  log(f"Done: {checkpoint_path(FLAGS.workdir, total_steps)}")
+
+
+# --- Parts that read flags ---
+
+
+def flag_values(but=()):
+  """{name: value} of this file's flags, but for some."""
+  return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+          if flag.name not in but}
+
+
+def open_model(label_names=()):
+  """(weights, Config, label_names) of --init, or else of the flags. If label_names are given, and
+  the head of --init is for others, it is left out."""
+  fields = {name: FLAGS[name].value for name in model.Config._fields
+            if name in FLAGS and (FLAGS[name].present or not FLAGS.init)}
+  if not FLAGS.init:
+    return {}, model.Config(**fields, num_classes=len(label_names)), label_names
+  weights, config, known = model.load(FLAGS.init, **fields)
+  label_names = label_names or known
+  if known not in ((), label_names) or len(label_names) not in (0, config.num_classes):
+    if not checkpoints(FLAGS.workdir):
+      log(f"Starting with a new head: --init has {config.num_classes} other classes, {known!s:.99}")
+    weights.pop("head", None)
+    config = config._replace(num_classes=len(label_names))
+  return weights, config, label_names
+
+
+def open_evals(dataset, config, label_names):
+  """By the names in --eval: functions () -> batches, numbers of images, fingerprints. UserError or
+  DatasetError: one is missing, or of other classes than label_names, unless these are ()."""
+  evals, sizes, data, devices = {}, {}, {}, jax.device_count()
+  rows = min(math.ceil(FLAGS.batch_size / devices), 64)  # on each, so that lines come often
+  eval_image = functools.partial(augment.eval_image, image_size=config.image_size)
+  for name in FLAGS.eval:
+    source, split, label = dataset, name, "label"
+    if name in EVALS and name not in dataset.info.splits:  # a folder may have its own "val"
+      other, split, label = EVALS[name]
+      if other:
+        source = input_pipeline.open_dataset(other, FLAGS.data_dir, jax.process_count() == 1)
+    sizes[name] = input_pipeline.split_size(source, split)
+    data[f"--eval={name}"] = input_pipeline.fingerprint(source, split)
+    classes = input_pipeline.class_names(source, label)
+    require(len(classes) == config.num_classes and label_names in ((), classes),
+            f"--eval={name} has {len(classes)} classes, {classes!s:.200}, and the model "
+            f"{config.num_classes}, {label_names!s:.200}")
+    next(input_pipeline.eval_batches(source, split, 1, eval_image, label=label))  # can it be read?
+    evals[name] = functools.partial(
+        input_pipeline.eval_batches, source, split, rows * devices, eval_image, label=label,
+        dtype=config.dtype, process_index=jax.process_index(), process_count=jax.process_count())
+  return evals, sizes, data
+
+
+def evaluate_only():
+  """Evaluates the weights of --init on --eval."""
+  weights, config, label_names = open_model()
+  require("head" in weights, "--eval_only needs --init=FILE.npz with a head")
+  if recipe := model.read_npz(FLAGS.init).get("recipe"):
+    log(f"--init was trained on --dataset={json.loads(recipe.item())['dataset']}")
+  dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1)
+  evals, sizes, data = open_evals(dataset, config, label_names)
+  check_agreement(config._asdict() | data)
+  log(f"{config.variant} of {FLAGS.init} on {sizes} images:")
+  replicated, by_rows = make_shardings(jax.devices())
+  params = jax.device_put(multihost_utils.broadcast_one_to_all(weights), replicated)
+  evaluate(params, evals, make_eval_step(config, replicated, by_rows), by_rows, sizes)
+
+
+def check_agreement(about):
+  """UserError: flags, code or `about`, {name: value}, are not the same on all processes."""
+  files = __file__, model.__file__, input_pipeline.__file__, augment.__file__
+  about = flag_values(but=OWN) | about | {"code": [open(file, "rb").read() for file in files]}
+  items = [f"{name}={value}" for name, value in about.items()]
+  sums = np.zeros(1024, np.uint32)  # of one size everywhere: to gather others is to wait for ever
+  sums[:len(items)] = [zlib.crc32(item.encode()) for item in items]
+  everyones = multihost_utils.process_allgather(sums)  # [processes, 1024]
+  differs = [f"{item:.99}" for item, x in zip(items, sums) if not (everyones == x).any(1).all()]
+  require(not differs, f"processes must have the same flags, data and code; only some have "
+                       f"{'; '.join(differs)}")
+
+
+# --- Parts that do not: processes, log, checkpoints, errors ---
+
+
+def start_processes(*given):
+  """Joins the other processes, if there are any. given: coordinator, num_processes, process_id."""
+  # JAX could look by itself, but where there is one process only, it may warn, raise or wait. On
+  # Google's TPU VMs, which set none of these variables, the TPU's runtime joins the hosts.
+  hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # on Kaggle, a sentence
+  count = given[1] or max(1 if " " in hosts else hosts.count(",") + 1, *(
+      int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")))
+  if count > 1:
+    print(f"Waiting for all {count} processes ...", flush=True)
+  if count > 1 or any(given):
+    try:
+      jax.distributed.initialize(*given, heartbeat_timeout_seconds=30)
+    except (IndexError, RuntimeError, ValueError) as error:
+      raise UserError("--coordinator=HOST:PORT, --num_processes and --process_id go together: "
+                      f"{error}") from None
+
+
+def log(message, everywhere=False):
+  """Prints a line, on the first process or everywhere. What the screen does never ends a run."""
+  if everywhere or jax.process_index() == 0:
     try:
       print(message, flush=True)
     except OSError:  # `| tee` after Ctrl-C: from now on to nowhere
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def check_run(total_steps, batch_size, devices, settings):
-  """UserError: what is known to be wrong with a run before any work."""
-  if batch_size % (devices * settings.grad_accum):
-    raise UserError(f"--batch_size={batch_size}: expected a multiple of {devices} devices times "
-                    f"--grad_accum={settings.grad_accum}")
-  if total_steps <= settings.warmup_steps:
-    raise UserError(f"--warmup_steps={settings.warmup_steps}: expected fewer than the run's "
-                    f"{total_steps} steps, such as {total_steps // 10}, or more --epochs, or a "
-                    "smaller --batch_size")
+class Stop:
+  """The first signal that asks a run to stop, and when it does so."""
+  number, then = 0, "now"
 
 
-def read_metrics(step, metrics):
-  """Waits for a step; returns it and its metrics as numbers. UserError: not finite."""
-  metrics = {name: value.item() for name, value in metrics.items()}
-  if not all(map(math.isfinite, metrics.values())):
-    raise UserError(f"not finite at step {step}: {metrics}. The last checkpoint is from before; "
-                    "try a lower --lr or more --warmup_steps")
-  return step, metrics
+def listen_for_signals():
+  """Hears SIGTERM, Ctrl-C, SIGHUP (not under nohup) and SIGUSR1, whatever the process waits for.
 
+  A second SIGTERM or Ctrl-C ends it at once; the others often come twice, or before these.
+  """
+  # Python's own handlers run when a wait is over, but before, C code writes to this pipe.
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  signal.set_wakeup_fd(writer)
+  for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, lambda *_: None)
 
-received_signal = 0  # SIGTERM or SIGINT, of `handle_signal`
+  def listen():
+    urgent = 0
+    while True:
+      number, = os.read(reader, 1)
+      urgent += number in (signal.SIGTERM, signal.SIGINT)
+      then = "now" if urgent == 2 else Stop.then
+      log(f"{signal.Signals(number).name}: stopping {then}", everywhere=True)
+      if then == "now":
+        os._exit(128 + number)
+      Stop.number = Stop.number or number
 
-
-def handle_signal(number, _):
-  """SIGTERM and Ctrl-C end the run after a checkpoint; a second one ends it at once."""
-  global received_signal
-  received_signal = number
-  for each in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(each, signal.SIG_DFL)
+  threading.Thread(target=listen, daemon=True).start()
 
 
 def agreed_signal(step, log_every):
   """The signal that some process received, the same on all of them, or 0."""
   if step % log_every and jax.process_count() > 1:  # to ask is to wait for all
     return 0
-  return int(multihost_utils.process_allgather(np.int32(received_signal)).max())
+  return int(multihost_utils.process_allgather(np.int32(Stop.number)).max())
 
 
-def main(_):
-  # Devices
-  start_processes(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-  replicated, by_rows = make_shardings(jax.devices())
-  devices, to_devices = by_rows.num_devices, jax.make_array_from_process_local_data
-  process = dict(process_index=jax.process_index(), process_count=jax.process_count())
-
-  # The model is as the flags say, or, with --init, as that file does.
-  model_flags = [FLAGS[field] for field in model.Config._fields if field in FLAGS]
-  config = model.Config(**{flag.name: flag.value for flag in model_flags})
-  weights, label_names = {}, ()
-  if FLAGS.init:
-    given = {flag.name: flag.value for flag in model_flags if flag.present}
-    weights, config, label_names = model.load(FLAGS.init, **given)
-
-  # Data
-  prepare = jax.process_count() == 1
-  dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir, prepare)
-  if FLAGS.eval_only and "head" not in weights:
-    raise UserError("--eval_only needs --init=FILE.npz with a head")
-  if not FLAGS.eval_only:
-    classes = input_pipeline.class_names(dataset)
-    if FLAGS.init and (len(classes) != config.num_classes or label_names not in ((), classes)):
-      log(f"Starting with a new head: --init has {config.num_classes} other classes, "
-          f"{label_names or 'unnamed'!s:.200}.")
-      weights.pop("head", None)
-    label_names, config = classes, config._replace(num_classes=len(classes))
-  evals = open_evals(
-      FLAGS.eval, dataset, FLAGS.data_dir, label_names, config.num_classes,
-      batch_size=-(-FLAGS.batch_size // devices) * devices,  # rounded up
-      eval_image=functools.partial(augment.eval_image, image_size=config.image_size),
-      dtype=config.dtype, **process)
-  eval_step = make_eval_step(config, replicated, by_rows)
-  if FLAGS.eval_only:
-    evaluate(to_devices(replicated, weights), evals, eval_step, by_rows)
-    return
-
-  # Parameters, optimiser, step
-  num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
-  total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
-  settings = Settings(**{field: FLAGS[field].value for field in Settings._fields})
-  check_run(total_steps, FLAGS.batch_size, devices, settings)
-  init, train_step = make_training(config, replicated, by_rows, total_steps, settings)
-  state = init(model.init_params(FLAGS.seed, config) | weights)
-  recipe_flags = [flag for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
-                  if flag.name not in NOT_RECIPE]
-  window = input_pipeline.window_size(dataset, FLAGS.train_split)
-  about = describe_run(recipe_flags, config, label_names, num_examples, window)
-  if jax.process_index() == 0:  # it alone reads and writes the workdir
-    lock = lock_workdir(FLAGS.workdir)  # until this process ends
-    state = restore_checkpoint(FLAGS.workdir, state, about, FLAGS.allow_changes)
-  state = multihost_utils.broadcast_one_to_all(state)
-  step, state = int(state["step"]), to_devices(replicated, state)
-
-  # Loop
-  size, kind = sum(x.size for x in jax.tree.leaves(state["params"])), jax.devices()[0].device_kind
-  log(f"{config.variant} with {size:,} parameters on {devices} x {kind}: {total_steps:,} steps of "
-      f"{FLAGS.batch_size}, {num_examples:,} images an epoch, into {FLAGS.workdir}.")
-  log("Compiling the step ..." if step < total_steps else "This run is already finished.")
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, handle_signal)
-  train_image = functools.partial(
-      augment.train_image, image_size=config.image_size, randaug_layers=FLAGS.randaug_layers,
-      randaug_magnitude=FLAGS.randaug_magnitude)
-  batches = input_pipeline.train_batches(
-      dataset, FLAGS.train_split, FLAGS.batch_size, train_image, start_step=step,
-      mixup_p=FLAGS.mixup, dtype=config.dtype, seed=FLAGS.seed, **process)
-  run_log = RunLog(FLAGS.workdir, step, total_steps, FLAGS.batch_size, num_examples,
-                   FLAGS.log_every)
-  background = futures.ThreadPoolExecutor(1)
-  saved = background.submit(lambda: FLAGS.workdir)  # then a checkpoint, once written
-  unread, stop = None, 0  # the last step and its metrics; the number of a signal
-  while not stop:
-    if step >= total_steps or step and step % FLAGS.eval_every == 0:
-      log(f"Evaluation at step {step}:")
-      run_log.write(step, evaluate(state["params"], evals, eval_step, by_rows))
-    if step >= total_steps:
-      break
-    state, metrics = train_step(state, to_devices(by_rows, run_log.next_batch(batches)))
-    step += 1
-    # To read metrics is to wait for their step: for the one before, so that the device has work.
-    if unread:
-      run_log.step(*read_metrics(*unread))
-    unread = step, metrics
-    stop = agreed_signal(step, FLAGS.log_every)
-    if (stop or step == total_steps or step % FLAGS.eval_every == 0
-        or step % FLAGS.checkpoint_every == 0):
-      run_log.step(*read_metrics(*unread))  # raises before it is saved
-      unread = None
-      saved.result()  # until the checkpoint before is written
-      if jax.process_index() == 0:
-        copy = jax.tree.map(np.array, state)  # as the next step reuses the state's memory
-        saved = background.submit(save_checkpoint, FLAGS.workdir, copy, about)
-  if stop:
-    log(f"Stopped after step {step}; the same command goes on from {saved.result()}.")
-    sys.exit(128 + stop)
-  log(f"Done: {saved.result()}")
-
-
-# --- What main stands on ---
-
-
-def start_processes(coordinator, num_processes, process_id):
-  """Joins the other processes: on TPU pods and under srun JAX finds them, else flags name them."""
-  given = coordinator, num_processes, process_id
-  if given.count(None) in (1, 2):
-    raise UserError("--coordinator, --num_processes and --process_id go together")
-  count = num_processes or max(int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)),
-                               os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1)
-  if count > 1:
-    print(f"Waiting for all {count} processes ...", flush=True)
-    jax.distributed.initialize(*given, heartbeat_timeout_seconds=30)
-
-
-def open_evals(names, dataset, data_dir, label_names, num_classes, batch_size, **eval_args):
-  """{name: function() -> batches} of --eval, for a model whose label_names may be (), unknown.
-
-  UserError or DatasetError: one is missing, or of other classes.
-  """
-  evals = {}
-  for name in names:
-    own = name in dataset.info.splits or name not in EVALS  # a folder may have a split "val"
-    other, split, label = (None, name, "label") if own else EVALS[name]
-    data = dataset if other is None else input_pipeline.open_dataset(
-        other, data_dir, eval_args["process_count"] == 1)
-    input_pipeline.split_size(data, split)  # an error if it is not there
-    classes = input_pipeline.class_names(data, label)
-    if len(classes) != num_classes or label_names not in ((), classes):
-      raise UserError(f"--eval={name} has {len(classes)} classes, {classes!s:.200}, and the model "
-                      f"{num_classes}, {label_names!s:.200}")
-    evals[name] = functools.partial(
-        input_pipeline.eval_batches, data, split, batch_size, label=label, **eval_args)
-  return evals
+def duration(seconds):
+  return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 class RunLog:
-  """Lines on the screen; the same as JSON in log.jsonl, and TensorBoard events, in the workdir."""
+  """Lines on the screen; as JSON in log.jsonl and for TensorBoard, in the workdir."""
 
-  def __init__(self, workdir, step, total_steps, batch_size, num_examples, log_every):
-    self.workdir, self.total_steps, self.log_every = workdir, total_steps, log_every
-    self.batch_size, self.num_examples, self.first = batch_size, num_examples, True
-    self.since, self.started, self.waited = step, time.perf_counter(), 0.0
+  def __init__(self, workdir, done, total_steps, batch_size, num_examples):
+    self.total_steps, self.batch_size, self.num_examples = total_steps, batch_size, num_examples
+    self.path, self.started, self.last_step = os.path.join(workdir, "log.jsonl"), None, None
     if jax.process_index() == 0:
       self.events = tf.summary.create_file_writer(workdir)
+      if tf.io.gfile.exists(self.path) and tf.io.gfile.GFile(self.path).read()[-1:] not in "\n":
+        self.append("\n")  # behind half a line, of a disk that was full
+    if past := done * batch_size % num_examples:
+      log(f"Reading past {past:,} images of this epoch ...")
+
+  def append(self, text):
+    with tf.io.gfile.GFile(self.path, "a") as f:
+      f.write(text)
 
   def next_batch(self, batches):
-    """The next batch; measures the wait for it."""
-    started = time.perf_counter()
+    """The next batch; measures the wait for it, but for the first one's."""
+    asked = time.perf_counter()
     batch = next(batches)
-    self.waited += time.perf_counter() - started
+    if not self.started:
+      log("Compiling the step ...")
+      asked, self.started, self.waited = time.perf_counter(), time.perf_counter(), 0.0
+    self.waited += time.perf_counter() - asked
     return batch
 
-  def step(self, step, metrics):
-    """Logs the first and last step, each log_every-th, and one after 30 s without a line."""
-    first, took = self.first, time.perf_counter() - self.started
-    if not first and step % self.log_every and step < self.total_steps and took < 30:
+  def log_step(self, step, metrics, log_every):
+    """Waits for a step; logs the first, the last, each log_every-th, and one after 30 silent s.
+    UserError: its metrics are not finite."""
+    metrics = {name: value.item() for name, value in metrics.items()}
+    require(np.isfinite(list(metrics.values())).all(), f"not finite at step {step}: {metrics}. The "
+            "last checkpoint is from before; try a lower --lr or more --warmup_steps")
+    took, first = time.perf_counter() - self.started, self.last_step is None
+    if step % log_every and step < self.total_steps and took < 30 and not first:
       return
     line = {"epoch": step * self.batch_size / self.num_examples} | metrics
     text = ("step {}/{}  epoch {epoch:.2f}  loss {loss:.4f}  lr {learning_rate:.2e}  "
@@ -431,65 +520,70 @@ class RunLog:
     if first:
       text += f"  compiled and done after {took:.1f} s"
     elif took > 0.1:  # less says little about speed
-      rate, waited = (step - self.since) * self.batch_size / took, self.waited / took
-      left = (self.total_steps - step) * self.batch_size / rate / 60
-      text += f"  {rate:.0f} images/s  waiting for data {waited:.0%}  {left:.0f} min left"
+      rate, waited = (step - self.last_step) * self.batch_size / took, self.waited / took
+      left = duration((self.total_steps - step) * self.batch_size / rate)
+      text += f"  {rate:.{0 if rate > 10 else 1}f} images/s  waiting for data {waited:.0%}  {left} left"
       line |= {"images_per_second": rate, "data_wait": waited}
-    self.first = False
     log(text)
     self.write(step, line)
 
-  def write(self, step, line):
+  def write(self, step, numbers):
     """Writes {name: number} to log.jsonl and for TensorBoard; measures speed from here on."""
-    self.since, self.started, self.waited = step, time.perf_counter(), 0.0
+    self.last_step, self.started, self.waited = step, time.perf_counter(), 0.0
     if jax.process_index() == 0:
-      with tf.io.gfile.GFile(os.path.join(self.workdir, "log.jsonl"), "a") as f:
-        f.write(json.dumps({"step": step} | line) + "\n")
+      self.append(json.dumps({"step": step} | numbers) + "\n")
       with self.events.as_default(step):
-        for name, value in line.items():
+        for name, value in numbers.items():
           tf.summary.scalar(name, value)
       self.events.flush()
 
 
 def lock_workdir(workdir):
-  """Makes a workdir; on a local disk, locks it as long as the returned file is open."""
-  if "://" not in workdir:
-    os.makedirs(workdir, exist_ok=True)
-    lock = open(os.path.join(workdir, "lock"), "w")
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f"another run uses --workdir={workdir}; give this one its own") from None
-    except OSError:  # a disk that knows no locks
-      pass
-    return lock
-  if not tf.io.gfile.isdir(workdir):
-    tf.io.gfile.mkdir(workdir)  # makedirs would never end where there is no bucket
+  """Makes a workdir; on a local disk, locks it as long as the returned file is open.
+  UserError: another run has locked it. OSError or tf.errors.OpError: it cannot be made."""
+  if "://" in workdir:
+    if not tf.io.gfile.isdir(workdir):
+      tf.io.gfile.mkdir(workdir)  # makedirs would never end where there is no bucket
+    return None
+  os.makedirs(workdir, exist_ok=True)
+  lock = open(os.path.join(workdir, "lock"), "w")
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise UserError(f"another run uses --workdir={workdir}; give this one its own") from None
+  except OSError:  # a disk that knows no locks
+    pass
+  return lock
 
 
-def describe_run(recipe_flags, config, label_names, num_examples, window):
-  """What a checkpoint says of its run, all of it for JSON: {"flags", "config", "defaults"}."""
-  run = {flag.name: flag.value for flag in recipe_flags} | config._asdict() | {
-      "label_names": list(label_names), "num_examples": num_examples,
-      "process_count": jax.process_count(), "data_order": input_pipeline.ORDER}
-  # What earlier versions do not say. The first shuffled 4,096 records at a time, however large.
-  earlier = {"num_examples": num_examples, "num_classes": len(label_names), "process_count": 1,
-             "data_order": 1 if window == 4096 or window > num_examples else 0}
-  defaults = {flag.name: flag.default for flag in recipe_flags} | config._field_defaults | earlier
-  return {"flags": run, "config": config._asdict(), "defaults": defaults}
+def checkpoint_path(workdir, step):
+  return os.path.join(workdir, f"checkpoint_{step:08}.npz")
 
 
 def checkpoints(workdir):
   """The checkpoints in a workdir, oldest first."""
-  return [os.path.join(workdir, name) for name in sorted(tf.io.gfile.listdir(workdir))
-          if re.fullmatch(r"checkpoint_\d{8}\.npz", name)]
+  names = sorted(tf.io.gfile.listdir(workdir)) if tf.io.gfile.isdir(workdir) else ()
+  return [os.path.join(workdir, x) for x in names if re.fullmatch(r"checkpoint_\d{8}\.npz", x)]
 
 
-def save_checkpoint(workdir, state, about):
-  """Writes a checkpoint, which is whole before it has its name; keeps the last two."""
-  path, buffer = os.path.join(workdir, f"checkpoint_{state['step']:08}.npz"), io.BytesIO()
-  np.savez(buffer, **model.flatten(state), label_names=about["flags"]["label_names"], **{
-      name: np.array(json.dumps(part)) for name, part in about.items()})
+WRITER = futures.ThreadPoolExecutor(1)  # so that training goes on while a checkpoint is written
+
+
+def save_checkpoint(workdir, state, config, recipe, before):
+  """Gathers a state on all processes. The first one writes it, in `WRITER`: it returns a Future,
+  once the Future `before`, of the last checkpoint, is done. Other processes return None."""
+  state = jax.tree.map(np.array, multihost_utils.process_allgather(state, tiled=True))
+  if before:
+    before.result()  # raises what went wrong
+  if jax.process_index() == 0:
+    return WRITER.submit(write_checkpoint, workdir, state, config, recipe)
+
+
+def write_checkpoint(workdir, state, config, recipe):
+  """Writes a checkpoint, which is whole before it has its name; keeps it and the one before."""
+  path, buffer = checkpoint_path(workdir, state["step"]), io.BytesIO()
+  np.savez(buffer, **model.flatten(state), label_names=recipe["label_names"],
+           config=json.dumps(config._asdict()), recipe=json.dumps(recipe))
   temporary = os.path.join(workdir, "checkpoint.tmp")
   with tf.io.gfile.GFile(temporary, "wb") as f:
     f.write(buffer.getvalue())
@@ -497,66 +591,70 @@ def save_checkpoint(workdir, state, about):
     with open(temporary, "rb") as f:
       os.fsync(f.fileno())
   tf.io.gfile.rename(temporary, path, overwrite=True)
-  for old in checkpoints(workdir)[:-2]:
+  for old in [old for old in checkpoints(workdir) if old <= path][:-2]:
     tf.io.gfile.remove(old)
-  return path
 
 
-def restore_checkpoint(workdir, state, about, allow_changes=False):
-  """The newest state in a workdir; `state`, which it must resemble, if there is none.
+def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
+  """The newest state in a workdir; `state` itself if there is none.
 
-  What only one side says must have the other's default. UserError: damaged, or of another run.
+  recipe, {name: value}, must be the checkpoint's. What that lacks counts at its default, or is not
+  compared if it has none. UserError: damaged, misnamed, another recipe, arrays of other shapes.
   """
-  path = (checkpoints(workdir) or [None])[-1]
-  if path is None:
+  if not checkpoints(workdir):
     return state
+  path = checkpoints(workdir)[-1]
   try:
     arrays = model.read_npz(path)
-    before = about["defaults"] | {"label_names": arrays["label_names"].tolist()} | json.loads(
-        arrays["flags"].item())
-  except (model.WeightsError, LookupError):
+    stored, step = json.loads(arrays["recipe"].item()), int(arrays["step"])
+  except (model.DamagedError, LookupError, TypeError, json.JSONDecodeError):
     raise UserError(f"{path} is damaged; delete it to go on from the one before") from None
-  now = json.loads(arrays["defaults"].item() if "defaults" in arrays else "{}") | about["flags"]
-  changes = [f"{name}={before.get(name)!s:.200} (now {now.get(name)!s:.200})"
-             for name in sorted((before.keys() | now.keys()) - NOT_RECIPE)
-             if before.get(name) != now.get(name)]
-  if changes and not allow_changes:
-    raise UserError(f"{path} is of a run with {'; '.join(changes)}. Give the same flags and data, "
-                    "or another --workdir, or --allow_changes")
-  flat = model.flatten(state)
-  for name, x in flat.items():
-    if name not in arrays or arrays[name].shape != x.shape:
-      raise UserError(f"{path} has no {name} of shape {x.shape}; give another --workdir")
-  log(f"Resuming after step {arrays['step']} from {path}.")
-  return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in flat])
+  require(path == checkpoint_path(workdir, step), f"{path} holds step {step}: rename or delete it")
+  recipe = json.loads(json.dumps(recipe))  # tuples are lists there
+  if unsaid := sorted(recipe.keys() - stored.keys() - defaults.keys()):
+    log(f"{path} does not say its {', '.join(unsaid)}: not compared.")
+  stored = {name: defaults.get(name, value) for name, value in recipe.items()} | stored
+  changes = [f"{name}={value!s:.200} (now {recipe.get(name, 'unknown')!s:.200})"
+             for name, value in sorted(stored.items()) if recipe.get(name, "unknown") != value]
+  require(allow_changes or not changes,
+          f"{path} is of a run with {'; '.join(changes)}. Give it the same, another --workdir, or "
+          "--allow_changes")
+  for name, x in model.flatten(state).items():
+    require(name in arrays and arrays[name].shape == x.shape,
+            f"{path} has no {name} of shape {x.shape}; give another --workdir")
+  log(f"Resuming after step {step} from {path}.")
+  return jax.tree.unflatten(jax.tree.structure(state), map(arrays.get, model.flatten(state)))
 
 
 def run(argv):
-  """`main`, with a line instead of a traceback for what the user can fix."""
+  """`main`, with a line instead of a traceback for what the user can mend."""
   logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
   try:
-    if argv[1:]:
-      raise UserError(f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
-    for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__]):
-      if flag.value in ("", []) or isinstance(flag.value, float) and not math.isfinite(flag.value):
-        raise UserError(f"--{flag.name}={flag.value}: expected a (finite) value")
-      if isinstance(flag.value, str):  # after "=", no shell does it
-        flag.value = os.path.expanduser(flag.value)
+    require(not argv[1:], f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
+    for name, value in flag_values().items():
+      require(str(value) not in ("", "[]", "nan", "inf"), f"--{name}={value}: expected a (finite) value")
+      if isinstance(value, str):  # after "=", no shell does it
+        FLAGS[name].value = os.path.expanduser(value)
     return main(argv)
-  except (UserError, model.WeightsError, input_pipeline.DatasetError) as error:
-    message = str(error)
-  except (OSError, tf.errors.OpError) as error:  # of files and disks
-    message = f"{error}. Mend this and start again; checkpoints in --workdir are whole"
-  except jax.errors.JaxRuntimeError as error:
-    if not jax.distributed.is_initialized():
-      raise
-    message = f"{error}. If another process was lost, start all again"
-  message = f"Error: {' '.join(message.split())}"
-  if not jax.distributed.is_initialized():
-    sys.exit(message)
-  print(message, file=sys.stderr, flush=True)
-  os._exit(1)  # a regular exit waits for the others
+  except Exception as error:
+    together = jax.distributed.is_initialized()
+    text = " ".join(re.sub("{{.*?}} ?", "", str(error)).split())
+    if isinstance(error, (OSError, tf.errors.OpError)):  # of files and disks
+      text += ". Mend this and start again; checkpoints in --workdir are whole"
+    elif "RESOURCE_EXHAUSTED" in text:
+      text = f"{text:.200}; give a larger --grad_accum or a smaller --batch_size"
+    elif isinstance(error, jax.errors.JaxRuntimeError) and together:
+      text += ". If another process was lost, start all again"
+    elif not isinstance(error, (UserError, model.WeightsError, input_pipeline.DatasetError)):
+      if not together:
+        raise
+      traceback.print_exc()
+  if not together:
+    sys.exit(f"Error: {text}")
+  print(f"Error: {text}", file=sys.stderr, flush=True)
+  os._exit(1)  # a regular exit waits for the others, who may wait for this one
 
 
 if __name__ == "__main__":
+  sys.stdout.reconfigure(errors="backslashreplace")  # what a screen cannot show ends no run
   app.run(run)
