@@ -10,14 +10,13 @@ import math
 
 import tensorflow as tf
 
-# What draws random numbers, each with seeds of its own. A new name goes to the end, up to 64.
+# What draws random numbers, each with its own seeds. New names go to the end, up to 64.
 STREAMS = ("files", "windows", "crops", "flips", "rand_augment", "mixup")
 
 
 def seed_for(stream, seed):
   """A stream's seed, int64 [2], from (the run's seed, the number of the draw)."""
-  return tf.stack([tf.cast(seed[0] * 64 + STREAMS.index(stream), tf.int64),
-                   tf.cast(seed[1], tf.int64)])
+  return tf.convert_to_tensor([seed[0] * 64 + STREAMS.index(stream), seed[1]], tf.int64)
 
 
 # --- The way of an image ---
@@ -26,7 +25,7 @@ def seed_for(stream, seed):
 def train_image(image_bytes, seed, image_size=224, randaug_layers=2, randaug_magnitude=10):
   """An encoded image -> uint8 [I, I, 3]: random crop, resizing, random flip, RandAugment.
 
-  seed: (the run's seed, a number, another one each time). tf.errors.OpError: a bad image.
+  seed: (the run's seed, another number each time). tf.errors.OpError: a bad image.
   """
   image = decode_random_crop(image_bytes, seed_for("crops", seed))
   image = tf.image.resize(image, (image_size, image_size))  # bilinear, without antialiasing
@@ -57,10 +56,9 @@ def decode_random_crop(image_bytes, seed):
 
 def decode(image_bytes):
   """An encoded image -> uint8 [height, width, 3]."""
-  # TensorFlow reads an 8-bit BMP as grey, so entry i of its palette must be (i, i, i). They are 4
-  # bytes each, behind a header whose length is byte 14, up to where byte 10 points.
-  head = tf.strings.join([tf.strings.substr(image_bytes, 0, 1200), bytes(1200)])
-  head = tf.cast(tf.io.decode_raw(head, tf.uint8), tf.int32)
+  # TensorFlow reads an 8-bit BMP as grey: entry i of its palette must be (i, i, i). The palette is
+  # behind a header of byte 14's length and ends where byte 10 points.
+  head = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8, fixed_length=1300), tf.int32)
   begin, end, i = head[14] + 14, head[10] + 256 * head[11], tf.range(256)[:, None]
   grey = (tf.gather(head, begin + 4 * i + tf.range(3)) == i) | (begin + 4 * i >= end)
   colours = (tf.strings.substr(image_bytes, 0, 2) == "BM") & (head[28] == 8) & ~tf.reduce_all(grey)
@@ -93,7 +91,7 @@ def rand_augment(image, seed, num_layers=2, magnitude=10):
   """
   if not num_layers:
     return image
-  # For each layer: which operation, which sign, and the row and column of a centre.
+  # For each layer: an operation, a sign, and the row and column of a centre.
   draws = tf.random.stateless_uniform([num_layers, 4], seed, alg="philox")
   return _layers(image, draws, magnitude)
 
@@ -118,21 +116,19 @@ def arguments(magnitude, sign, center, size):
 
   sign: +1 or -1. center: (row, column). size: the side of the image in pixels.
   """
-  factor = 1.8 * magnitude / 10 + 0.1
+  strength = magnitude / 10
   ratio = size / 224  # the published lengths in pixels are for images of 224
+  factor = 1.8 * strength + 0.1
+  shear, shift = sign * (0.3 * strength), sign * (100 * strength * ratio)
   return {
-      auto_contrast: (), equalize: (), invert: (),
-      rotate: (sign * (30 * magnitude / 10),),
+      auto_contrast: (), equalize: (), invert: (), rotate: (sign * (30 * strength),),
       # No bit at all would be a shift by 8, which the published code's uint8 clamps to 7.
-      posterize: (max(1, int(4 * magnitude / 10)),),
+      posterize: (max(1, int(4 * strength)),),
       # The published code compares uint8 with 256 at magnitude 10, which wraps to 0: all inverted.
-      solarize: (int(256 * magnitude / 10) % 256,),
-      solarize_add: (int(110 * magnitude / 10),),
+      solarize: (int(256 * strength) % 256,), solarize_add: (int(110 * strength),),
       color: (factor,), contrast: (factor,), brightness: (factor,), sharpness: (factor,),
-      shear_x: (sign * (0.3 * magnitude / 10),), shear_y: (sign * (0.3 * magnitude / 10),),
-      translate_x: (sign * (100 * magnitude / 10 * ratio),),
-      translate_y: (sign * (100 * magnitude / 10 * ratio),),
-      cutout: (int(int(40 * magnitude / 10) * ratio), center),
+      shear_x: (shear,), shear_y: (shear,), translate_x: (shift,), translate_y: (shift,),
+      cutout: (int(int(40 * strength) * ratio), center),
   }
 
 
@@ -141,8 +137,7 @@ def mixup(images, labels, seed, p=0.2, dtype=tf.float32):
 
   images: uint8 [B, height, width, 3]. labels: float32 [B, C], one-hot. seed: int [2].
   p: a is a draw of Beta(p, p), mirrored to be at least 1/2.
-  Returns a * x + (1 - a) * roll(x, 1, axis=0) of the images, in [-1, 1] and the dtype, and of the
-    labels, float32.
+  Returns a * x + (1 - a) * roll(x, 1, axis=0) of images, in [-1, 1] and the dtype, and of labels.
   """
   # X / (X + Y) is Beta(p, p) if X and Y are Gamma(p). Both may underflow, in float64 below p = 0.01
   # only: 1e-300 then makes a 1.
@@ -158,20 +153,15 @@ def _scale_and_mix(images, a, dtype):
   return tf.cast(a * images + (1 - a) * tf.roll(images, 1, axis=0), dtype)
 
 
-# --- RandAugment's operations, functions of an image, uint8 [height, width, 3], and arguments ---
+# --- RandAugment's operations on an image, uint8 [height, width, 3] ---
 
 EMPTY = 128  # pixels from outside the image: near 0 for the model
 
 
-def _uint8(x):
-  """Clips to [0, 255] and truncates."""
-  return tf.cast(tf.clip_by_value(x, 0, 255), tf.uint8)
-
-
 def blend(a, b, factor):
-  """a + factor * (b - a): a at 0, b at 1, extrapolated beyond."""
+  """a + factor * (b - a), clipped and truncated: a at 0, b at 1, extrapolated beyond."""
   a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
-  return _uint8(a + factor * (b - a))
+  return tf.saturate_cast(a + factor * (b - a), tf.uint8)
 
 
 def auto_contrast(image):
@@ -179,7 +169,7 @@ def auto_contrast(image):
   x = tf.cast(image, tf.float32)
   low, high = tf.reduce_min(x, (0, 1)), tf.reduce_max(x, (0, 1))
   stretch = 255 / tf.maximum(high - low, 1)
-  return tf.where(high > low, _uint8(x * stretch - low * stretch), image)
+  return tf.where(high > low, tf.saturate_cast(x * stretch - low * stretch, tf.uint8), image)
 
 
 def equalize(image):
@@ -202,33 +192,27 @@ def equalize(image):
 def invert(image):
   return 255 - image
 
-
 def posterize(image, bits):
   """Keeps the `bits` highest bits."""
   return image & (256 - 2 ** (8 - bits))
 
-
 def solarize(image, threshold):
-  """Inverts the pixels that are not below the threshold."""
+  """Inverts the pixels from the threshold on."""
   return tf.where(image < threshold, image, 255 - image)
-
 
 def solarize_add(image, addition):
   """Adds to the pixels below 128."""
-  return tf.where(image < 128, _uint8(tf.cast(image, tf.int32) + addition), image)
-
+  return tf.where(image < 128, tf.minimum(image, 255 - addition) + addition, image)
 
 def color(image, factor):
   """From grey (0) to the image (1) to more colour."""
   return blend(tf.image.rgb_to_grayscale(image), image, factor)
 
-
 def contrast(image, factor):
   """From flat grey (0) to the image (1) to more contrast."""
-  # The grey is meant to be the image's mean. The published code takes the mean over the 256 bins
-  # of its histogram instead, 224 * 224 / 256 = 196 for any image, and so do we.
+  # The grey is meant to be the image's mean; the published code takes that of the 256 bins of its
+  # histogram, 224 * 224 / 256 = 196 for any image, and so do we.
   return blend(196, image, factor)
-
 
 def brightness(image, factor):
   """From black (0) to the image (1) to brighter."""
@@ -250,7 +234,7 @@ def _warp(image, origin):
   height, width, _ = image.shape
   x, y = origin(*tf.meshgrid(*(tf.range(side, dtype=tf.float32) for side in (width, height))))
   # Halves round away from zero, as in C; tf.round would move 4 % of a sheared image's pixels. 1e-4
-  # because what is a half in exact arithmetic (0.3 * 5) may come out below.
+  # because an exact half (0.3 * 5) may come out below.
   x, y = (tf.cast(tf.sign(t) * tf.floor(tf.abs(t) + 0.5001), tf.int32) for t in (x, y))
   inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
   pixels = tf.gather(tf.reshape(image, [-1, 3]), tf.where(inside, y * width + x, 0))
@@ -283,4 +267,4 @@ def cutout(image, half_side, center):
   """Empties rows and columns [center - half_side, center + half_side); center = (row, column)."""
   rows, columns = ((tf.range(side) >= middle - half_side) & (tf.range(side) < middle + half_side)
                    for side, middle in zip(image.shape[:2], tf.unstack(center)))
-  return tf.where((rows[:, None] & columns)[..., None], tf.cast(EMPTY, tf.uint8), image)
+  return tf.where(~(rows[:, None] & columns)[..., None], image, EMPTY)

@@ -1,18 +1,18 @@
 """Which records are read, in which order, and batches of them, for arXiv 2205.01580.
 
-A `dataset` is a TFDS builder or a `Folder`. A record has a position, its place in a file or split
-as stored, and in training a number, its place in the endless stream that a process reads: its share
-of the records, shuffled, epoch after epoch. Batch k of b rows holds the numbers k*b to k*b + b - 1.
-All that is random follows from the run's seed and such numbers: a run can start at any step.
+A `dataset` is a TFDS builder or a `Folder`. A record's position is its place in a file or split as
+stored. Its number, in training, is its place in the endless stream of a process: its share of the
+records, shuffled, epoch after epoch. Batch k of b rows holds the numbers k*b to k*b + b - 1. What
+is random follows from the run's seed and a number, which process i of n makes its own as
+number * n + i: a run can start at any step.
 
 Shapes: B batch, b this process's part of it, I image side, C classes; [] is a number.
 """
 
 import contextlib
-import functools
-import itertools
 import math
 import os
+import pathlib
 import random
 import re
 import types
@@ -25,10 +25,10 @@ import tensorflow_datasets as tfds
 
 import augment
 
-for _kind in ("GPU", "TPU"):  # TensorFlow must not take an accelerator's memory
-  tf.config.set_visible_devices([], _kind)
+tf.config.set_visible_devices(tf.config.list_physical_devices("CPU"))  # or it takes GPUs' memory
 
 THREADS = os.cpu_count() + 2
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".gif", ".bmp", ".webp")  # in a `Folder`
 
 
 class DatasetError(ValueError):
@@ -50,25 +50,25 @@ def train_batches(dataset, split, batch_size, train_image=augment.train_image, *
   DatasetError: the split is unknown or too small, or labels are sets; later, a bad record.
   """
   size, rows = split_size(dataset, split), batch_size // process_count
-  if size < process_count or mixup_p and rows == 1 < process_count:
+  if size < process_count or (mixup_p and rows == 1 < process_count):
     raise DatasetError(f"{process_count} processes are too many for {size} examples in batches of "
                        f"{batch_size}: each needs one and, unless --mixup=0, two rows")
   parse, C = record_parser(dataset), len(class_names(dataset))
-  # A fork whose loss takes sets of labels can delete this.
   if not isinstance(dataset.info.features["label"], tfds.features.ClassLabel):
     raise DatasetError(f"{dataset.name}: its label is a set, and the loss needs exactly one")
 
-  def numbered_records(number):
+  def records_from(step):
+    number = step * rows
     records = shuffled_records(dataset, split, seed, number, process_index, process_count)
     return records.enumerate(number)
 
   def example(number, record):
     image_bytes, label = parse(record)
-    image_seed = seed, global_number(number, process_index, process_count)
-    return {"images": train_image(image_bytes, image_seed), "labels": one_hot(label, C)}
+    image = train_image(image_bytes, (seed, number * process_count + process_index))
+    return image, one_hot(label, C)
 
   def finish(step, batch):
-    images, labels = batch["images"], batch["labels"]
+    images, labels = batch
     if mixup_p:
       mixup_seed = augment.seed_for("mixup", (seed, step))  # the same on all processes
       images, labels = augment.mixup(images, labels, mixup_seed, mixup_p, dtype)
@@ -76,11 +76,10 @@ def train_batches(dataset, split, batch_size, train_image=augment.train_image, *
       images = tf.cast(augment.scale(images), dtype)
     return {"images": images, "labels": labels}
 
-  start = start_step * rows
-  ds = numbered_records(start).map(example, num_parallel_calls=THREADS)
+  ds = records_from(start_step).map(example, num_parallel_calls=THREADS)
   ds = ds.batch(rows, num_parallel_calls=2)
   ds = ds.enumerate(start_step).map(finish, num_parallel_calls=2).prefetch(2)
-  return as_numpy(ds, lambda i: numbered_records(start + i * rows).take(rows), example)
+  return as_numpy(ds, lambda i: records_from(start_step + i).take(rows), example)
 
 
 def eval_batches(dataset, split, batch_size, eval_image=augment.eval_image, *, label="label",
@@ -94,7 +93,6 @@ def eval_batches(dataset, split, batch_size, eval_image=augment.eval_image, *, l
   parts, rows = split_parts(dataset, split), batch_size // process_count
   parse, C = record_parser(dataset, label), len(class_names(dataset, label))
   records = read_records(dataset, share(parts, process_index, process_count)).enumerate()
-  steps = math.ceil(math.ceil(count(parts) / process_count) / rows)  # of the largest share
 
   def example(_, record):
     image_bytes, labels = parse(record)
@@ -106,14 +104,9 @@ def eval_batches(dataset, split, batch_size, eval_image=augment.eval_image, *, l
   ds = records.map(example, num_parallel_calls=THREADS)
   zeros = tf.nest.map_structure(lambda x: tf.zeros(x.shape, x.dtype), ds.element_spec)
   ds = ds.concatenate(Dataset.from_tensors(zeros).repeat())
-  ds = ds.batch(rows, num_parallel_calls=2).take(steps)
+  ds = ds.batch(rows, num_parallel_calls=2).take(math.ceil(count(parts) / batch_size))
   ds = ds.map(finish, num_parallel_calls=2).prefetch(2)
   return as_numpy(ds, lambda i: records.skip(i * rows).take(rows), example)
-
-
-def global_number(number, process_index, process_count):
-  """A process's number of a record, epoch or window, as one that no other process draws with."""
-  return number * process_count + process_index
 
 
 def one_hot(label, C):
@@ -125,42 +118,41 @@ def one_hot(label, C):
 
 
 def as_numpy(ds, records_of, example):
-  """The elements of `ds` as dicts of numpy arrays. DatasetError: the i-th, which `example` makes of
-  the numbered records records_of(i), cannot be read."""
-  options, i, OpError = tf.data.Options(), -1, tf.errors.OpError  # tf may be gone when Python ends
+  """Yields the elements of `ds` in numpy; the i-th is made by `example` from records_of(i)."""
+  options, i, OpError = tf.data.Options(), 0, tf.errors.OpError  # tf may be gone when Python ends
   options.autotune.enabled = False  # with it on, a process ends seconds after its work
   try:
-    for i, element in enumerate(ds.with_options(options).as_numpy_iterator()):
+    for element in ds.with_options(options).as_numpy_iterator():
       yield element
+      i += 1
   except OpError as error:
-    raise bad_record(error, records_of(i + 1), example) from None
+    raise bad_record(error, records_of(i), example) from None
 
 
 def bad_record(error, records, example):
   """The DatasetError for TensorFlow's; it names a record only if that fails once more."""
   noise = r".*}} |.*Iterator::\S+ |assertion failed: \[|\]$| \[Op:.*"
   reason = lambda error: re.sub(noise, "", error.message.splitlines()[0])
+  again = "prepare or copy the data set again"
   try:
     for number, record in records:
       try:
         list(Dataset.from_tensors((number, record)).map(example))
       except tf.errors.OpError as found:
         path = record["path"].numpy().decode("utf-8", "backslashreplace")
-        if record.get("example", "whole") == "":  # see `read_file`
+        if record.get("example") == "":  # see `read_file`
           held = sum(1 for _ in tf.data.TFRecordDataset(path))
-          return DatasetError(f"{path} holds {held} of {record['length']} records; prepare or copy "
-                              "the data set again")
+          return DatasetError(f"{path} holds {held} of {record['length']} records; {again}")
         path += f"#{record['position']}" if "position" in record else ""
         return DatasetError(f"bad record {path}: {reason(found)}; mend or remove it")
   except tf.errors.OpError as found:  # of reading, which does not say in which record
-    return DatasetError(f"data cannot be read: {reason(found)}; prepare or copy the data set again")
+    return DatasetError(f"data cannot be read: {reason(found)}; {again}")
   return DatasetError(f"{reason(error)}; read once more, it was right: start again")
 
 
 # --- Records and their order ---
 
-# Of records and what is drawn for them; raise it when that changes: no run resumes in another one.
-ORDER = 2
+ORDER = 2  # of records and draws; raise it when they change: a run resumes only in its own
 
 
 def shuffled_records(dataset, split, seed, start=0, process_index=0, process_count=1):
@@ -169,35 +161,34 @@ def shuffled_records(dataset, split, seed, start=0, process_index=0, process_cou
   Every epoch shuffles TFDS' files, and windows of records, of which the next one is read ahead.
   Unlike a shuffle buffer, a window is a function of its number.
   """
-  parts = split_parts(dataset, split)
-  window = window_size(dataset, parts)
-  parts = share(parts, process_index, process_count)
-  size = count(parts)
+  whole = split_parts(dataset, split)
+  parts = share(whole, process_index, process_count)
+  size, window = count(parts), window_size(dataset, whole)
 
   def own_seed(stream, number):
-    return augment.seed_for(stream, (seed, global_number(number, process_index, process_count)))
+    return augment.seed_for(stream, (seed, number * process_count + process_index))
+
+  def shuffle(number, records):
+    window_seed = own_seed("windows", number)  # the same for all columns
+    return {key: tf.random.experimental.stateless_shuffle(column, window_seed, alg="philox")
+            for key, column in records.items()}
 
   @tf.autograph.experimental.do_not_convert  # TFDS warns that it cannot be
   def shuffled_windows(epoch):
     windows = read_records(dataset, parts, own_seed("files", epoch)).batch(window)
-    def shuffle(number, records):
-      number += epoch * (size // window + 1)  # counted through all epochs
-      order = tf.random.experimental.stateless_shuffle(
-          tf.range(tf.size(records["path"])), own_seed("windows", number), alg="philox")
-      return {key: tf.gather(value, order) for key, value in records.items()}
-    return windows.enumerate().map(shuffle)
+    return windows.enumerate(epoch * (size // window + 1)).map(shuffle)  # through all epochs
 
   epochs = Dataset.range(start // size, tf.int64.max)
   return epochs.flat_map(shuffled_windows).prefetch(1).unbatch().skip(start % size)
 
 
 def window_size(dataset, parts):
-  """How many records are shuffled at a time: a folder's all; 4,096, or as many as are 512 MiB."""
+  """How many records are shuffled at a time: a folder's all; 4,096, or what is 512 MiB."""
   if isinstance(dataset, Folder):
     return count(parts)
   splits = [dataset.info.splits[name] for name, _ in parts]
-  mean = sum(split.num_bytes or 0 for split in splits) / sum(split.num_examples for split in splits)
-  return max(1, min(4096, int(2 ** 29 // max(mean, 1))))
+  size = sum(split.num_bytes or 0 for split in splits)
+  return max(1, min(4096, 2 ** 29 * sum(split.num_examples for split in splits) // max(size, 1)))
 
 
 def split_parts(dataset, split):
@@ -206,12 +197,11 @@ def split_parts(dataset, split):
   try:
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
     parts = [(p.splitname, range(splits[p.splitname].num_examples)[p.from_:p.to]) for p in parts]
-  except (ValueError, KeyError, AssertionError, AttributeError, RuntimeError):  # it is unknown
+  except Exception:  # it is unknown
     parts = []
   if not count(parts):
-    where = dataset.name if isinstance(dataset, Folder) else dataset.data_dir
-    raise DatasetError(f"{where} has nothing in {split!r}, only {[*splits]}: see --train_split and "
-                       "--eval, or, if TFDS prepared a part only, delete it")
+    raise DatasetError(f"{dataset.data_dir} has nothing in {split!r}, only {[*splits]}: see "
+                       "--train_split and --eval, or, if TFDS prepared a part only, delete it")
   return parts
 
 
@@ -221,7 +211,7 @@ def count(parts):
 
 
 def split_size(dataset, split):
-  """The number of examples of a split such as "train[:99%]"; DatasetError if there are none."""
+  """The number of records in a split; DatasetError if there are none."""
   return count(split_parts(dataset, split))
 
 
@@ -236,10 +226,7 @@ def share(parts, i, n):
 
 
 def read_records(dataset, parts, seed=None):
-  """Every record of the parts once, as it is stored, for `record_parser`.
-
-  seed: [2], for a random order of TFDS' files; a folder's images have a fixed one.
-  """
+  """Every record of the parts once, for `record_parser`; a seed [2] shuffles TFDS' files."""
   if isinstance(dataset, Folder):
     return Dataset.from_tensor_slices({
         key: tf.concat([dataset.files[name][key][positions.start:positions.stop]
@@ -249,24 +236,17 @@ def read_records(dataset, parts, seed=None):
     examples = tf.data.TFRecordDataset(path, buffer_size=1 << 20).skip(skip)
     # Where the file ends too early, empty examples fill up, which cannot be parsed.
     examples = examples.concatenate(Dataset.from_tensors("").repeat()).take(take)
-    positions = Dataset.range(skip, tf.int64.max)
-    paths, lengths = (Dataset.from_tensors(x).repeat() for x in (path, length))
-    return Dataset.zip({"example": examples, "position": positions, "path": paths,
-                        "length": lengths})
+    return examples.enumerate(skip).map(lambda position, example: {
+        "example": example, "position": position, "path": path, "length": length})
 
-  files = []
-  for name, positions in parts:
-    split, first = dataset.info.splits[name], 0  # the position of a file's first record
-    for path, length in zip(split.filepaths, split.shard_lengths):
-      skip, stop = max(positions.start - first, 0), min(positions.stop - first, length)
-      files += [(str(path), skip, stop - skip, length)] if skip < stop else []
-      first += length
+  splits = [f"{name}[{part.start}:{part.stop}]" for name, part in parts if part]
+  files = [(file.filename, file.skip, file.take, file.examples_in_shard)
+           for split in splits for file in dataset.info.splits[split].file_instructions]
   files = files or [("", 0, 0, 0)]  # nothing to read
-  order = tf.range(len(files))
+  columns = map(np.array, zip(*files))
   if seed is not None:
-    order = tf.random.experimental.stateless_shuffle(order, seed, alg="philox")
-  ds = Dataset.from_tensor_slices(
-      tuple(tf.gather(np.array(column), order) for column in zip(*files)))
+    columns = (tf.random.experimental.stateless_shuffle(x, seed, alg="philox") for x in columns)
+  ds = Dataset.from_tensor_slices(tuple(columns))
   return ds.interleave(read_file, cycle_length=16, block_length=16, num_parallel_calls=16)
 
 
@@ -274,12 +254,12 @@ def record_parser(dataset, label="label"):
   """function(record of `read_records`) -> encoded image, and its label, int64 [] or [any]."""
   if isinstance(dataset, Folder):
     return lambda record: (tf.io.read_file(record["path"]), record["label"])
-  features = tfds.features.FeaturesDict({
-      name: dataset.info.features[name] for name in ("image", label)})
+
   def parse(record):
-    example = features.deserialize_example(
+    example = dataset.info.features.deserialize_example(
         record["example"], decoders={"image": tfds.decode.SkipDecoding()})
     return example["image"], example[label]
+
   return parse
 
 
@@ -287,37 +267,38 @@ def record_parser(dataset, label="label"):
 
 
 def open_dataset(name, data_dir=None, prepare=True, train_split=None):
-  """The builder of a TFDS name or of the built-in `patterns`, or a `Folder`.
+  """A TFDS builder or a `Folder`. DatasetError: there is none, or it cannot be read or prepared.
 
-  name: a TFDS name, "patterns", or the path of a folder (with at least one "/").
+  name: a TFDS name, "patterns" for those below, or the path of a folder (with at least one "/").
   data_dir: where TFDS keeps data sets; None is its default, ~/tensorflow_datasets.
   prepare: whether TFDS may download, or read archives in data_dir/downloads/manual.
   train_split: of a folder, the split whose classes count; None: all.
-  DatasetError: there is no such data set, or it cannot be read or prepared.
   """
-  make = patterns if name == "patterns" else functools.partial(tfds.builder, name)
+  def make():
+    return patterns(data_dir) if name == "patterns" else tfds.builder(name, data_dir=data_dir)
+
   try:
     if "/" in name and tf.io.gfile.isdir(name):
       return Folder(name, train_split)
-    builder = make(data_dir=data_dir)
-    if not builder.info.splits and prepare:
+    builder = make()
+    if not builder.info.splits:
+      if not prepare:
+        raise ValueError("one process must prepare it: python -c \"import input_pipeline; "
+                         f"input_pipeline.open_dataset({name!r}, {data_dir!r})\"")
       print(f"Preparing {name} in {builder.data_dir} ...", flush=True)
       try:
         with contextlib.redirect_stdout(None):  # TFDS prints unknown sizes
           builder.download_and_prepare()
       except Exception:  # no error if another process has prepared it
-        builder = make(data_dir=data_dir)
+        builder = make()
         if not builder.info.splits:
           raise
-    if not builder.info.splits:
-      raise ValueError("one process must prepare it for all: python -c \"import input_pipeline; "
-                       f"input_pipeline.open_dataset({name!r}, {data_dir!r})\"")
-  except Exception as error:  # of TFDS, archives and disks, many kinds
+  except Exception as error:  # of TFDS, archives and disks
     reason = re.sub("(?s)Available datasets:.*imported\n", "", str(error))  # an alphabet
-    hint = f"; did you mean ./{name} ?" if "/" not in name and tf.io.gfile.isdir(name) else ""
+    hint = f"; did you mean ./{name} ?" if "/" not in name and os.path.isdir(name) else ""
     raise DatasetError(
-        f"--dataset={name} --data_dir={data_dir}: {reason:.300}; expected a name in TFDS (archives: "
-        f"{data_dir or '~/tensorflow_datasets'}/downloads/manual), patterns, or a path of "
+        f"--dataset={name} --data_dir={data_dir}: {reason:.300}; expected a name in TFDS (archives "
+        f"are in {data_dir or '~/tensorflow_datasets'}/downloads/manual), patterns, or a path of "
         f"SPLIT/CLASS/IMAGE.jpg{hint}") from None
   if builder.info.disable_shuffling:
     print(f"{name} was prepared without shuffling: sorted by class, it trains badly.")
@@ -328,17 +309,16 @@ def class_names(dataset, label="label"):
   """The names of the C classes of a label, or of a set of labels; DatasetError if it has none."""
   features = dict(dataset.info.features)
   image, feature = features.get("image"), features.get(label)
-  feature = getattr(feature, "feature", feature)  # if it is a set, what it is a set of
-  if not isinstance(feature, tfds.features.ClassLabel) or not (
-      isinstance(image, tfds.features.Image) and np.issubdtype(image.np_dtype, np.integer)):
+  feature = getattr(feature, "feature", feature)  # what a set is a set of
+  if not (isinstance(feature, tfds.features.ClassLabel) and isinstance(image, tfds.features.Image)
+          and image.tf_dtype.is_integer):
     raise DatasetError(f"{dataset.name} has no image with classes in {label!r}, but "
-                       f"{features!s:.300}; expected an Image of integers")
+                       f"{features!s:.300}")
   return tuple(feature.names)
 
 
 def fingerprint(dataset, split):
-  """A checksum of what a split is in: TFDS' version and numbers of records in each file, or the
-  paths in a folder. No content is read."""
+  """A checksum of TFDS' version and the sizes of a split's files, or of the paths in a folder."""
   files = [dataset.info.full_name]
   for name in sorted({name for name, _ in split_parts(dataset, split)}):
     if isinstance(dataset, Folder):
@@ -346,9 +326,6 @@ def fingerprint(dataset, split):
     else:
       files += dataset.info.splits[name].shard_lengths
   return zlib.crc32(str(files).encode())
-
-
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".gif", ".bmp", ".webp")
 
 
 class Folder:
@@ -362,12 +339,13 @@ class Folder:
     def refuse(error):
       raise error
 
-    self.name, self.files, found, left_out = os.path.join(root, ""), {}, {}, []
-    for folder, folders, names in tf.io.gfile.walk(root) if "://" in root else os.walk(
-        root, onerror=refuse, followlinks=True):
-      here = os.path.realpath(folder) + "/"  # a link to a folder above would never end
+    self.name = self.data_dir = os.path.join(root, "")
+    self.files, found, left_out = {}, {}, []
+    walk = os.walk(root, onerror=refuse, followlinks=True)
+    for folder, folders, names in tf.io.gfile.walk(root) if "://" in root else walk:
+      here = pathlib.Path(folder).resolve()  # a link to a folder above would never end
       folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX" and
-                    not here.startswith(os.path.realpath(os.path.join(folder, name)) + "/")]
+                    not here.is_relative_to((here / name).resolve())]
       split, *below = os.path.relpath(folder, root).split("/")
       for path in (os.path.join(folder, name) for name in names if name[0] != "."):
         if below and path.lower().endswith(ENDINGS):
@@ -377,8 +355,7 @@ class Folder:
     if left_out:
       print(f"{len(left_out)} files are left out, such as {left_out[0]}: not {ENDINGS} in a class")
     self.info = types.SimpleNamespace(full_name="", splits={
-        split: types.SimpleNamespace(num_examples=len(images), num_bytes=0)
-        for split, images in sorted(found.items())})
+        split: types.SimpleNamespace(num_examples=len(found[split])) for split in sorted(found)})
     splits = {name for name, _ in split_parts(self, train_split)} if train_split else found
     classes = {name: path for split in splits for name, path in found[split]}
     if len(classes) < (2 if train_split else 1):
@@ -395,8 +372,6 @@ class Folder:
       self.files[split] = {"path": tf.constant([os.fsencode(path) for _, path in images]),
                            "label": tf.constant([label for label, _ in images], tf.int64)}
 
-
-# --- The demo data set ---
 
 # Two-coloured textures of period 1, of u to the right and v down, from -1/2 to 1/2.
 PATTERNS = {

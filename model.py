@@ -150,9 +150,9 @@ def unflatten(flat):
 
 # With --dtype=bfloat16, these are bfloat16: inputs and outputs of the products in the embedding and
 # the blocks, and what lies between them (queries, keys, values, attention's probabilities, GELU).
-# These are float32: parameters and their gradients, the sums inside a product, residual stream,
-# LayerNorm, softmax, and all from the last LayerNorm on. With --dtype=float32 all is; there,
-# "highest" keeps TPUs and recent GPUs from rounding the inputs of products.
+# These are float32: parameters and their gradients, the sums in a product, the residual stream,
+# LayerNorm, softmax, and all from the last LayerNorm on. With --dtype=float32 all is; "highest"
+# keeps TPUs and recent GPUs from rounding the inputs of its products.
 
 
 def dense(equation, p, x):
@@ -273,8 +273,8 @@ def load(path, **given):
 
   given: fields of `Config` that must be so. Only dtype and image_size may differ from the file's; a
     learned position embedding is resampled for the latter.
-  Returns params, a nested dict of float32 arrays; the `Config`, with 0 classes if there is no head;
-    the names of the classes in the order of the logits, or () if the file has none.
+  Returns params, a nested dict of float32 arrays; the `Config`, of 0 classes if there is no head;
+    the names of the classes in the order of the logits, or ().
   WeightsError: no such file, another model, or arrays that are missing, unknown, of another shape,
     not floats or not finite: all are listed.
   """
@@ -321,7 +321,7 @@ def read_npz(path):
       arrays = {name: npz[name] for name in npz.files}
   except unreadable as error:
     raise WeightsError(f"{path} cannot be read: {error!r}") from None
-  except Exception as error:  # of zipfile and numpy, many kinds
+  except Exception as error:  # of zipfile and numpy
     raise DamagedError(f"{path} is no whole .npz file: {error}") from None
   # numpy writes bfloat16 as two raw bytes, "V2".
   return {name: x.view(jnp.bfloat16) if x.dtype == "V2" else x for name, x in arrays.items()}

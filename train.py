@@ -3,9 +3,7 @@
     python train.py  # the report's first row: 90 epochs
     python train.py --eval_only --init=vit_s16_i1k_90ep.npz  # evaluates published or own weights
 
-The flags' defaults are the published run. First comes the method, then `main`, then its parts, of
-which only the first read flags, too.
-
+The flags' defaults are the published run. Read the method, then `main`; its parts follow.
 Shapes: B batch, I image side, C classes; [] is a number.
 """
 
@@ -15,7 +13,6 @@ import fcntl
 import functools
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -30,55 +27,55 @@ from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import tensorflow as tf
 
 import augment
-import input_pipeline
+import input_pipeline as inputs
 import model
 
 FLAGS = flags.FLAGS
+WRITER = futures.ThreadPoolExecutor(1)  # of checkpoints, while training goes on
 
-# Each process may have its own. (Numbers behind a text are the least and the largest value.)
+# Each process may have its own. (Numbers behind a text: least and largest value.)
 flags.DEFINE_string("workdir", "workdir", "For checkpoints and logs; the same one resumes.")
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets.")
-flags.DEFINE_bool("allow_changes", False, "Resume although the recipe or the data has changed.")
+flags.DEFINE_bool("allow_changes", False, "Resume with another recipe or data.")
 flags.DEFINE_string("coordinator", None, "host:port of process 0, if JAX cannot find it.")
-flags.DEFINE_integer("num_processes", None, "How many processes there are.", 1)
-flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", 0)
+flags.DEFINE_integer("num_processes", None, "Number of processes.", 1)
+flags.DEFINE_integer("process_id", None, "Number of this one, from 0.", 0)
 OWN = frozenset(FLAGS)
 
-# The same on all processes, but others may be given when a run is resumed.
+# The same on all processes; a resumed run may have others.
 flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
 flags.DEFINE_integer("eval_every", 2500, "Steps between evaluations; the end has one, too.", 1)
 flags.DEFINE_integer("checkpoint_every", 1000, "Most steps between checkpoints; two are kept.", 1)
 flags.DEFINE_list("eval", ["minival", "val"], "minival, val, real, v2 or other splits.")
-flags.DEFINE_bool("eval_only", False, "Evaluate --init on --eval; no training.")
-flags.DEFINE_integer("grad_accum", 1, "Parts to take a batch in, to save memory.", 1)
+flags.DEFINE_bool("eval_only", False, "Only evaluate --init on --eval.")
+flags.DEFINE_integer("grad_accum", 1, "Parts of a batch, to save memory.", 1)
 NOT_RECIPE = frozenset(FLAGS)
 
 # The recipe, every flag from here on: a run resumes only with the same values.
-flags.DEFINE_float("epochs", 90, "Passes over the training split.", 0)
+flags.DEFINE_float("epochs", 90, "Passes over --train_split.", 0)
 flags.DEFINE_integer("batch_size", 1024, "Images per step, over all devices.", 1)
 flags.DEFINE_string("dataset", "imagenet2012", "TFDS name, patterns (the demo), or a folder.")
 flags.DEFINE_string("train_split", "train[:99%]", "What to train on.")
 flags.DEFINE_string("variant", "S/16", "Size / patch side; sizes: demo, mu, Ti, S, M, B, L, H.")
-flags.DEFINE_integer("image_size", 224, "Side of the images in pixels.")
+flags.DEFINE_integer("image_size", 224, "Side of images in pixels.")
 flags.DEFINE_enum("posemb", "sincos2d", model.CHOICES["posemb"], "Position embedding.")
 flags.DEFINE_enum("pool", "gap", model.CHOICES["pool"], "Classify the mean or a [cls] token.")
 flags.DEFINE_enum("head", "mlp", model.CHOICES["head"], "One hidden tanh layer, or none.")
-flags.DEFINE_integer("randaug_layers", 2, "RandAugment's operations on an image; 0: off.", 0)
+flags.DEFINE_integer("randaug_layers", 2, "RandAugment's operations; 0: off.", 0)
 flags.DEFINE_float("randaug_magnitude", 10, "Their magnitude.", 0, 20)
 flags.DEFINE_float("mixup", 0.2, "p of Mixup's Beta(p, p); 0: off.", 0)
 flags.DEFINE_float("lr", 1e-3, "Peak learning rate.", 0)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels; not multiplied by --lr.", 0)
 flags.DEFINE_integer("warmup_steps", 10_000, "Steps of linear warm-up; 0: off.", 0)
-flags.DEFINE_float("grad_clip_norm", 1.0, "Largest global norm of the gradients; 0: off.", 0)
+flags.DEFINE_float("grad_clip_norm", 1.0, "Largest norm of the gradients; 0: off.", 0)
 flags.DEFINE_enum("dtype", "bfloat16", model.CHOICES["dtype"], "Of products, see model.py.")
 flags.DEFINE_integer("seed", 0, "Of all random numbers.", 0, 2 ** 32 - 1)
-flags.DEFINE_string("init", None, "The .npz file of weights to start from.")
+flags.DEFINE_string("init", None, "A .npz of weights to start from.")
 
 # Names for --eval besides the splits of --dataset: data set (None: --dataset), split, label.
 EVALS = {
@@ -142,15 +139,15 @@ def loss_and_grads(params, batch, config, settings=Settings()):
   def add_part(total, part):
     return jax.tree.map(jnp.add, total, grad_fn(params, part, config, settings)), None
 
-  zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))  # a loss and gradients
+  zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
   total, _ = jax.lax.scan(add_part, zeros, parts)
   return jax.tree.map(lambda x: x / n, total)
 
 
 def make_shardings(devices):
   """Shardings over devices: `replicated`, the same on all, and split `by_rows`."""
-  mesh = Mesh(np.array(devices), ("data",))
-  return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+  mesh = jax.sharding.Mesh(devices, ("data",))
+  return jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
 
 
 def state_shardings(state, replicated, by_rows):
@@ -159,12 +156,10 @@ def state_shardings(state, replicated, by_rows):
 
 
 def make_training(config, replicated, by_rows, total_steps, settings=Settings()):
-  """init(params) -> state, a dict of all that training changes and checkpoints hold, and step(state,
-  batch) -> (state, metrics), which reuses the old state's memory.
-
+  """init(params) -> state, a dict of all that checkpoints hold, and step(state, batch) -> (state,
+  metrics), which reuses the old state's memory.
   batch: images [B, I, I, 3], labels float32 [B, C]. metrics, float32 []: loss, learning_rate,
-  grad_norm (before clipping), param_norm (after the update).
-  """
+  grad_norm (before clipping), param_norm (after the update)."""
   # From 0, for the first update, in a line to 1, then in a cosine to 0 at total_steps.
   schedule = optax.warmup_cosine_decay_schedule(0, 1, settings.warmup_steps, total_steps)
   optimizer = make_optimizer(schedule, settings)
@@ -190,38 +185,34 @@ def make_training(config, replicated, by_rows, total_steps, settings=Settings())
 
 def make_eval_step(config, replicated, by_rows):
   """function(params, batch) -> sums over rows, []: int32 "count", "top1", "top5", float32 "loss".
-
   batch: images [B, I, I, 3], labels float32 [B, C], 1 for each right class, mask bool [B]. Rows
-  count that are in the mask and, as in ReaL, have a label; the loss takes labels in equal parts.
-  """
+  count that are in the mask and, as in ReaL, have a label; the loss takes labels in equal parts."""
 
   @jax.jit(in_shardings=(replicated, by_rows), out_shardings=replicated)
   def eval_step(params, batch):
     labels, logits = batch["labels"], model.forward(params, batch["images"], config)
     counts = batch["mask"] & labels.any(1)
     _, best = jax.lax.top_k(logits, min(5, logits.shape[1]))
-    right = jnp.take_along_axis(labels, best, 1) * counts[:, None]
+    right = jnp.take_along_axis(labels > 0, best, 1) & counts[:, None]
     loss = optax.softmax_cross_entropy(logits, labels / labels.sum(1, keepdims=True).clip(1))
     return {"count": counts.sum(), "top1": right[:, 0].sum(), "top5": right.any(1).sum(),
-            "loss": jnp.where(counts, loss, 0).sum()}
+            "loss": loss.sum(where=counts)}
 
   return eval_step
 
 
 def evaluate(params, evals, eval_step, by_rows, sizes=None):
   """Evaluates parameters on {name: function() -> batches}; prints a line for each name.
-
   Returns {"NAME/count": images with a label, "NAME/top1" and "NAME/top5" in %, "NAME/loss"}.
-  sizes: {name: number of images}, for a line every 30 s. UserError: no image has a label.
-  """
+  sizes: {name: number of images}, for a line every 30 s. UserError: no image has a label."""
   results = {}
   for name, batches in evals.items():
     sums, seen, started = collections.Counter(), 0, time.perf_counter()
     said = started
     for batch in batches():
-      metrics = eval_step(params, jax.make_array_from_process_local_data(by_rows, batch))
-      sums.update({key: value.item() for key, value in metrics.items()})
-      seen, now = seen + len(batch["mask"]) * jax.process_count(), time.perf_counter()
+      batch = jax.make_array_from_process_local_data(by_rows, batch)
+      sums.update({key: value.item() for key, value in eval_step(params, batch).items()})
+      seen, now = seen + len(batch["mask"]), time.perf_counter()
       if sizes and seen < sizes[name] and now - said > 30:
         left, said = duration((now - started) * (sizes[name] / seen - 1)), now
         log(f"  {name:10} {seen:,} of {sizes[name]:,} images, {left} left")
@@ -243,21 +234,20 @@ def main(_):
   listen_for_signals()
   if FLAGS.eval_only:
     return evaluate_only()
+  alone, devices = jax.process_count() == 1, jax.device_count()
   replicated, by_rows = make_shardings(jax.devices())
   settings = Settings(**{field: FLAGS[field].value for field in Settings._fields})
-  require(FLAGS.batch_size % (jax.device_count() * settings.grad_accum) == 0,
-          f"--batch_size={FLAGS.batch_size}: expected a multiple of {jax.device_count()} devices "
-          f"times --grad_accum={settings.grad_accum}")
+  require(FLAGS.batch_size % (devices * FLAGS.grad_accum) == 0, f"--batch_size={FLAGS.batch_size}: "
+          f"expected a multiple of {devices} devices times --grad_accum={FLAGS.grad_accum}")
 
   # Data and model
-  dataset = input_pipeline.open_dataset(
-      FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1, FLAGS.train_split)
-  num_examples = input_pipeline.split_size(dataset, FLAGS.train_split)
+  dataset = inputs.open_dataset(FLAGS.dataset, FLAGS.data_dir, alone, FLAGS.train_split)
+  num_examples = inputs.split_size(dataset, FLAGS.train_split)
   total_steps = round(FLAGS.epochs * num_examples / FLAGS.batch_size)
-  require(settings.warmup_steps < total_steps,
-          f"--warmup_steps={settings.warmup_steps}: expected fewer than the run's {total_steps} "
-          f"steps, such as {total_steps // 10}, or more --epochs, or a smaller --batch_size")
-  weights, config, label_names = open_model(input_pipeline.class_names(dataset))
+  require(FLAGS.warmup_steps < total_steps,
+          f"--warmup_steps={FLAGS.warmup_steps}: expected fewer than the run's {total_steps} "
+          f"steps, such as {total_steps // 10}, or more --epochs or a smaller --batch_size")
+  weights, config, label_names = open_model(inputs.class_names(dataset))
   evals, eval_sizes, eval_data = open_evals(dataset, config, label_names)
   eval_step = make_eval_step(config, replicated, by_rows)
 
@@ -265,11 +255,11 @@ def main(_):
   init, train_step = make_training(config, replicated, by_rows, total_steps, settings)
   state = init(model.init_params(FLAGS.seed, config) | weights)
 
-  # What to go on from: the newest checkpoint, if there is one
+  # Go on from the newest checkpoint, if there is one
   recipe = flag_values(but=NOT_RECIPE) | config._asdict() | dict(
       label_names=label_names, num_examples=num_examples, process_count=jax.process_count(),
-      data=input_pipeline.fingerprint(dataset, FLAGS.train_split), order=input_pipeline.ORDER)
-  defaults = config._field_defaults | {name: FLAGS[name].default for name in flag_values()}
+      data=inputs.fingerprint(dataset, FLAGS.train_split), order=inputs.ORDER)
+  defaults = config._field_defaults | {name: FLAGS[name].default for name in FLAGS}
   check_agreement(recipe | eval_data)
   if jax.process_index() == 0:  # it alone reads and writes the workdir
     lock = lock_workdir(FLAGS.workdir)  # until this process ends
@@ -284,27 +274,25 @@ def main(_):
   train_image = functools.partial(
       augment.train_image, image_size=config.image_size, randaug_layers=FLAGS.randaug_layers,
       randaug_magnitude=FLAGS.randaug_magnitude)
-  batches = input_pipeline.train_batches(
+  batches = inputs.train_batches(
       dataset, FLAGS.train_split, FLAGS.batch_size, train_image, start_step=done,
       mixup_p=FLAGS.mixup, dtype=config.dtype, seed=FLAGS.seed,
       process_index=jax.process_index(), process_count=jax.process_count())
-  size = sum(x.size for x in jax.tree.leaves(state["params"]))
-  log(f"{config.variant} with {size:,} parameters on {jax.device_count()} x "
+  log(f"{config.variant} with {optax.tree.size(state['params']):,} parameters on {devices} x "
       f"{jax.devices()[0].device_kind}: {total_steps:,} steps of {FLAGS.batch_size}, "
       f"{num_examples:,} images an epoch, into {FLAGS.workdir}.")
-  if done >= total_steps:
-    log("This run is already finished.")
   run_log = RunLog(FLAGS.workdir, done, total_steps, FLAGS.batch_size, num_examples)
-  unread = saving = stop_signal = None  # metrics of the step before; the last checkpoint's writing
+  unread = saving = stop_signal = None  # metrics of the step before; the last checkpoint's Future
   for step in range(done + 1, total_steps + 1):
-    Stop.then = "after this step" if jax.process_count() == 1 else "after the next --log_every-th"
+    Stop.then = "after this step" if alone else "after the next --log_every-th"
     batch = jax.make_array_from_process_local_data(by_rows, run_log.next_batch(batches))
     state, metrics = train_step(state, batch)
     # To read metrics is to wait for their step: for the one before, so that the device has work.
     if unread:
       run_log.log_step(step - 1, unread, FLAGS.log_every)
     unread = metrics
-    stop_signal = agreed_signal(step, FLAGS.log_every)
+    if alone or step % FLAGS.log_every == 0:  # to ask the others is to wait for them
+      stop_signal = int(multihost_utils.process_allgather(np.int32(Stop.number)).max())
     eval_is_due = step % FLAGS.eval_every == 0 and step < total_steps
     if stop_signal or eval_is_due or step % FLAGS.checkpoint_every == 0 or step == total_steps:
       run_log.log_step(step, unread, FLAGS.log_every)  # raises before it is saved
@@ -321,10 +309,10 @@ def main(_):
   if stop_signal:
     log(f"Stopped after step {step}; the same command goes on from there.")
     sys.exit(128 + stop_signal)
-  Stop.then = "now"  # all is saved
-  log(f"Evaluation at step {total_steps}:")
-  run_log.write(total_steps, evaluate(state["params"], evals, eval_step, by_rows, eval_sizes))
-  log(f"Done: {checkpoint_path(FLAGS.workdir, total_steps)}")
+  Stop.then, step = "now", int(state["step"])  # all is saved
+  log(f"Evaluation at step {step}:")
+  run_log.write(step, evaluate(state["params"], evals, eval_step, by_rows, eval_sizes))
+  log(f"Done: {checkpoint_path(FLAGS.workdir, step)}")
 
 
 # --- Parts that read flags ---
@@ -332,13 +320,13 @@ def main(_):
 
 def flag_values(but=()):
   """{name: value} of this file's flags, but for some."""
-  return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+  return {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(__name__)
           if flag.name not in but}
 
 
 def open_model(label_names=()):
-  """(weights, Config, label_names) of --init, or else of the flags. If label_names are given, and
-  the head of --init is for others, it is left out."""
+  """(weights, Config, label_names) of --init, or else of the flags. Where label_names are given, a
+  head for others is left out."""
   fields = {name: FLAGS[name].value for name in model.Config._fields
             if name in FLAGS and (FLAGS[name].present or not FLAGS.init)}
   if not FLAGS.init:
@@ -354,26 +342,26 @@ def open_model(label_names=()):
 
 
 def open_evals(dataset, config, label_names):
-  """By the names in --eval: functions () -> batches, numbers of images, fingerprints. UserError or
+  """By the names in --eval: functions () -> batches, numbers of images, fingerprints. UserError,
   DatasetError: one is missing, or of other classes than label_names, unless these are ()."""
   evals, sizes, data, devices = {}, {}, {}, jax.device_count()
-  rows = min(math.ceil(FLAGS.batch_size / devices), 64)  # on each, so that lines come often
+  rows = max(1, min(FLAGS.batch_size // devices, 64))  # on each, so that lines come often
   eval_image = functools.partial(augment.eval_image, image_size=config.image_size)
   for name in FLAGS.eval:
     source, split, label = dataset, name, "label"
     if name in EVALS and name not in dataset.info.splits:  # a folder may have its own "val"
       other, split, label = EVALS[name]
       if other:
-        source = input_pipeline.open_dataset(other, FLAGS.data_dir, jax.process_count() == 1)
-    sizes[name] = input_pipeline.split_size(source, split)
-    data[f"--eval={name}"] = input_pipeline.fingerprint(source, split)
-    classes = input_pipeline.class_names(source, label)
+        source = inputs.open_dataset(other, FLAGS.data_dir, jax.process_count() == 1)
+    sizes[name] = inputs.split_size(source, split)
+    data[f"--eval={name}"] = inputs.fingerprint(source, split)
+    classes = inputs.class_names(source, label)
     require(len(classes) == config.num_classes and label_names in ((), classes),
             f"--eval={name} has {len(classes)} classes, {classes!s:.200}, and the model "
             f"{config.num_classes}, {label_names!s:.200}")
-    next(input_pipeline.eval_batches(source, split, 1, eval_image, label=label))  # can it be read?
+    next(inputs.eval_batches(source, split, 1, eval_image, label=label))  # can it be read?
     evals[name] = functools.partial(
-        input_pipeline.eval_batches, source, split, rows * devices, eval_image, label=label,
+        inputs.eval_batches, source, split, rows * devices, eval_image, label=label,
         dtype=config.dtype, process_index=jax.process_index(), process_count=jax.process_count())
   return evals, sizes, data
 
@@ -384,7 +372,7 @@ def evaluate_only():
   require("head" in weights, "--eval_only needs --init=FILE.npz with a head")
   if recipe := model.read_npz(FLAGS.init).get("recipe"):
     log(f"--init was trained on --dataset={json.loads(recipe.item())['dataset']}")
-  dataset = input_pipeline.open_dataset(FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1)
+  dataset = inputs.open_dataset(FLAGS.dataset, FLAGS.data_dir, jax.process_count() == 1)
   evals, sizes, data = open_evals(dataset, config, label_names)
   check_agreement(config._asdict() | data)
   log(f"{config.variant} of {FLAGS.init} on {sizes} images:")
@@ -395,35 +383,32 @@ def evaluate_only():
 
 def check_agreement(about):
   """UserError: flags, code or `about`, {name: value}, are not the same on all processes."""
-  files = __file__, model.__file__, input_pipeline.__file__, augment.__file__
+  files = __file__, model.__file__, inputs.__file__, augment.__file__
   about = flag_values(but=OWN) | about | {"code": [open(file, "rb").read() for file in files]}
   items = [f"{name}={value}" for name, value in about.items()]
-  sums = np.zeros(1024, np.uint32)  # of one size everywhere: to gather others is to wait for ever
+  sums = np.zeros(1024, np.uint32)  # of one size: to gather others is to wait for ever
   sums[:len(items)] = [zlib.crc32(item.encode()) for item in items]
   everyones = multihost_utils.process_allgather(sums)  # [processes, 1024]
   differs = [f"{item:.99}" for item, x in zip(items, sums) if not (everyones == x).any(1).all()]
-  require(not differs, f"processes must have the same flags, data and code; only some have "
-                       f"{'; '.join(differs)}")
+  require(not differs, f"processes must agree, but only some have {'; '.join(differs)}")
 
 
-# --- Parts that do not: processes, log, checkpoints, errors ---
+# --- Processes, log, checkpoints, errors ---
 
 
 def start_processes(*given):
   """Joins the other processes, if there are any. given: coordinator, num_processes, process_id."""
-  # JAX could look by itself, but where there is one process only, it may warn, raise or wait. On
-  # Google's TPU VMs, which set none of these variables, the TPU's runtime joins the hosts.
+  # Where there are none, JAX's own search may warn, raise or wait. Google's TPU VMs set none of
+  # these variables: the TPU's runtime joins them.
   hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # on Kaggle, a sentence
   count = given[1] or max(1 if " " in hosts else hosts.count(",") + 1, *(
       int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")))
-  if count > 1:
-    print(f"Waiting for all {count} processes ...", flush=True)
   if count > 1 or any(given):
+    print(f"Waiting for all {count} processes ...", flush=True)
     try:
       jax.distributed.initialize(*given, heartbeat_timeout_seconds=30)
-    except (IndexError, RuntimeError, ValueError) as error:
-      raise UserError("--coordinator=HOST:PORT, --num_processes and --process_id go together: "
-                      f"{error}") from None
+    except Exception as e:
+      raise UserError(f"--coordinator=HOST:PORT, --num_processes and --process_id go together: {e}")
 
 
 def log(message, everywhere=False):
@@ -441,10 +426,8 @@ class Stop:
 
 
 def listen_for_signals():
-  """Hears SIGTERM, Ctrl-C, SIGHUP (not under nohup) and SIGUSR1, whatever the process waits for.
-
-  A second SIGTERM or Ctrl-C ends it at once; the others often come twice, or before these.
-  """
+  """Hears SIGTERM, Ctrl-C, SIGUSR1 and, but for nohup, SIGHUP, whatever the process waits for.
+  A second SIGTERM or Ctrl-C ends it at once; the others often come twice, or before these."""
   # Python's own handlers run when a wait is over, but before, C code writes to this pipe.
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
@@ -467,13 +450,6 @@ def listen_for_signals():
   threading.Thread(target=listen, daemon=True).start()
 
 
-def agreed_signal(step, log_every):
-  """The signal that some process received, the same on all of them, or 0."""
-  if step % log_every and jax.process_count() > 1:  # to ask is to wait for all
-    return 0
-  return int(multihost_utils.process_allgather(np.int32(Stop.number)).max())
-
-
 def duration(seconds):
   return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
@@ -483,34 +459,34 @@ class RunLog:
 
   def __init__(self, workdir, done, total_steps, batch_size, num_examples):
     self.total_steps, self.batch_size, self.num_examples = total_steps, batch_size, num_examples
-    self.path, self.started, self.last_step = os.path.join(workdir, "log.jsonl"), None, None
+    self.started, self.last_step, self.waited = None, None, 0.0
     if jax.process_index() == 0:
-      self.events = tf.summary.create_file_writer(workdir)
-      if tf.io.gfile.exists(self.path) and tf.io.gfile.GFile(self.path).read()[-1:] not in "\n":
-        self.append("\n")  # behind half a line, of a disk that was full
-    if past := done * batch_size % num_examples:
+      path = os.path.join(workdir, "log.jsonl")
+      self.events, self.lines = tf.summary.create_file_writer(workdir), tf.io.gfile.GFile(path, "a")
+      if tf.io.gfile.exists(path) and tf.io.gfile.GFile(path).read()[-1:] not in "\n":
+        self.lines.write("\n")  # behind half a line, of a disk that was full
+    if done >= total_steps:
+      log("This run is already finished.")
+    elif past := done * batch_size % num_examples:
       log(f"Reading past {past:,} images of this epoch ...")
 
-  def append(self, text):
-    with tf.io.gfile.GFile(self.path, "a") as f:
-      f.write(text)
-
   def next_batch(self, batches):
-    """The next batch; measures the wait for it, but for the first one's."""
+    """The next batch; measures the wait for it."""
     asked = time.perf_counter()
     batch = next(batches)
+    now = time.perf_counter()
+    self.waited += now - asked
     if not self.started:
       log("Compiling the step ...")
-      asked, self.started, self.waited = time.perf_counter(), time.perf_counter(), 0.0
-    self.waited += time.perf_counter() - asked
+      self.started = now
     return batch
 
   def log_step(self, step, metrics, log_every):
     """Waits for a step; logs the first, the last, each log_every-th, and one after 30 silent s.
     UserError: its metrics are not finite."""
     metrics = {name: value.item() for name, value in metrics.items()}
-    require(np.isfinite(list(metrics.values())).all(), f"not finite at step {step}: {metrics}. The "
-            "last checkpoint is from before; try a lower --lr or more --warmup_steps")
+    require(np.isfinite([*metrics.values()]).all(),
+            f"not finite at step {step}: {metrics}; try a lower --lr or more --warmup_steps")
     took, first = time.perf_counter() - self.started, self.last_step is None
     if step % log_every and step < self.total_steps and took < 30 and not first:
       return
@@ -519,10 +495,11 @@ class RunLog:
             "grad {grad_norm:.3f}".format(step, self.total_steps, **line))
     if first:
       text += f"  compiled and done after {took:.1f} s"
-    elif took > 0.1:  # less says little about speed
+    else:
       rate, waited = (step - self.last_step) * self.batch_size / took, self.waited / took
       left = duration((self.total_steps - step) * self.batch_size / rate)
-      text += f"  {rate:.{0 if rate > 10 else 1}f} images/s  waiting for data {waited:.0%}  {left} left"
+      text += (f"  {rate:.{0 if rate > 10 else 1}f} images/s  waiting for data {waited:.0%}"
+               f"  {left} left")
       line |= {"images_per_second": rate, "data_wait": waited}
     log(text)
     self.write(step, line)
@@ -531,7 +508,8 @@ class RunLog:
     """Writes {name: number} to log.jsonl and for TensorBoard; measures speed from here on."""
     self.last_step, self.started, self.waited = step, time.perf_counter(), 0.0
     if jax.process_index() == 0:
-      self.append(json.dumps({"step": step} | numbers) + "\n")
+      self.lines.write(json.dumps({"step": step} | numbers) + "\n")
+      self.lines.flush()
       with self.events.as_default(step):
         for name, value in numbers.items():
           tf.summary.scalar(name, value)
@@ -539,18 +517,16 @@ class RunLog:
 
 
 def lock_workdir(workdir):
-  """Makes a workdir; on a local disk, locks it as long as the returned file is open.
-  UserError: another run has locked it. OSError or tf.errors.OpError: it cannot be made."""
-  if "://" in workdir:
-    if not tf.io.gfile.isdir(workdir):
-      tf.io.gfile.mkdir(workdir)  # makedirs would never end where there is no bucket
+  """Makes a local workdir and locks it, as long as the returned file is open.
+  UserError: another run has locked it. OSError: it cannot be made."""
+  if "://" in workdir:  # made with its files
     return None
   os.makedirs(workdir, exist_ok=True)
-  lock = open(os.path.join(workdir, "lock"), "w")
+  lock = open(f"{workdir}/lock", "w")
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    raise UserError(f"another run uses --workdir={workdir}; give this one its own") from None
+    raise UserError(f"another run uses --workdir={workdir}; give this one its own")
   except OSError:  # a disk that knows no locks
     pass
   return lock
@@ -566,41 +542,34 @@ def checkpoints(workdir):
   return [os.path.join(workdir, x) for x in names if re.fullmatch(r"checkpoint_\d{8}\.npz", x)]
 
 
-WRITER = futures.ThreadPoolExecutor(1)  # so that training goes on while a checkpoint is written
-
-
 def save_checkpoint(workdir, state, config, recipe, before):
-  """Gathers a state on all processes. The first one writes it, in `WRITER`: it returns a Future,
-  once the Future `before`, of the last checkpoint, is done. Other processes return None."""
+  """Gathers a state on all processes; the first one returns a Future of writing it, others None.
+  Waits for the Future `before`, of the last checkpoint, which raises what went wrong."""
   state = jax.tree.map(np.array, multihost_utils.process_allgather(state, tiled=True))
+  path, temporary = checkpoint_path(workdir, state["step"]), os.path.join(workdir, "checkpoint.tmp")
+
+  def write():
+    buffer = io.BytesIO()
+    np.savez(buffer, **model.flatten(state), label_names=recipe["label_names"],
+             config=json.dumps(config._asdict()), recipe=json.dumps(recipe))
+    with tf.io.gfile.GFile(temporary, "wb") as f:
+      f.write(buffer.getvalue())
+    if "://" not in workdir:  # on the disk before it has its name
+      with open(temporary) as f:
+        os.fsync(f)
+    tf.io.gfile.rename(temporary, path, overwrite=True)
+    for old in [old for old in checkpoints(workdir) if old <= path][:-2]:  # it and one are kept
+      tf.io.gfile.remove(old)
+
   if before:
-    before.result()  # raises what went wrong
-  if jax.process_index() == 0:
-    return WRITER.submit(write_checkpoint, workdir, state, config, recipe)
-
-
-def write_checkpoint(workdir, state, config, recipe):
-  """Writes a checkpoint, which is whole before it has its name; keeps it and the one before."""
-  path, buffer = checkpoint_path(workdir, state["step"]), io.BytesIO()
-  np.savez(buffer, **model.flatten(state), label_names=recipe["label_names"],
-           config=json.dumps(config._asdict()), recipe=json.dumps(recipe))
-  temporary = os.path.join(workdir, "checkpoint.tmp")
-  with tf.io.gfile.GFile(temporary, "wb") as f:
-    f.write(buffer.getvalue())
-  if "://" not in workdir:  # on the disk before it has its name
-    with open(temporary, "rb") as f:
-      os.fsync(f.fileno())
-  tf.io.gfile.rename(temporary, path, overwrite=True)
-  for old in [old for old in checkpoints(workdir) if old <= path][:-2]:
-    tf.io.gfile.remove(old)
+    before.result()
+  return WRITER.submit(write) if jax.process_index() == 0 else None
 
 
 def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
-  """The newest state in a workdir; `state` itself if there is none.
-
-  recipe, {name: value}, must be the checkpoint's. What that lacks counts at its default, or is not
-  compared if it has none. UserError: damaged, misnamed, another recipe, arrays of other shapes.
-  """
+  """The newest state in a workdir, or `state` if there is none. Its recipe must be `recipe`, {name:
+  value}; what it lacks counts at its default, or is not compared if it has none.
+  UserError: damaged, misnamed, another recipe, arrays of other shapes."""
   if not checkpoints(workdir):
     return state
   path = checkpoints(workdir)[-1]
@@ -608,17 +577,17 @@ def restore_checkpoint(workdir, state, recipe, defaults, allow_changes=False):
     arrays = model.read_npz(path)
     stored, step = json.loads(arrays["recipe"].item()), int(arrays["step"])
   except (model.DamagedError, LookupError, TypeError, json.JSONDecodeError):
-    raise UserError(f"{path} is damaged; delete it to go on from the one before") from None
+    raise UserError(f"{path} is damaged; delete it to go on from the one before")
   require(path == checkpoint_path(workdir, step), f"{path} holds step {step}: rename or delete it")
   recipe = json.loads(json.dumps(recipe))  # tuples are lists there
   if unsaid := sorted(recipe.keys() - stored.keys() - defaults.keys()):
     log(f"{path} does not say its {', '.join(unsaid)}: not compared.")
-  stored = {name: defaults.get(name, value) for name, value in recipe.items()} | stored
-  changes = [f"{name}={value!s:.200} (now {recipe.get(name, 'unknown')!s:.200})"
-             for name, value in sorted(stored.items()) if recipe.get(name, "unknown") != value]
-  require(allow_changes or not changes,
-          f"{path} is of a run with {'; '.join(changes)}. Give it the same, another --workdir, or "
-          "--allow_changes")
+  before = {name: defaults.get(name, value) for name, value in recipe.items()} | stored
+  now = dict.fromkeys(stored, "unknown") | recipe
+  changes = [f"{name}={before[name]!s:.200} (now {now[name]!s:.200})"
+             for name in now if now[name] != before[name]]
+  require(allow_changes or not changes, f"{path} has {'; '.join(changes)}; give the same, "
+          "another --workdir or --allow_changes")
   for name, x in model.flatten(state).items():
     require(name in arrays and arrays[name].shape == x.shape,
             f"{path} has no {name} of shape {x.shape}; give another --workdir")
@@ -630,9 +599,10 @@ def run(argv):
   """`main`, with a line instead of a traceback for what the user can mend."""
   logging.set_verbosity(logging.WARNING)  # TFDS and JAX have much to say
   try:
-    require(not argv[1:], f"{' '.join(argv[1:])}: expected flags only, such as --epochs=90")
+    require(not argv[1:], f"{argv[1:]}: expected flags only, such as --epochs=90")
     for name, value in flag_values().items():
-      require(str(value) not in ("", "[]", "nan", "inf"), f"--{name}={value}: expected a (finite) value")
+      require(str(value) not in ("", "[]", "nan", "inf"),
+              f"--{name}={value}: expected a (finite) value")
       if isinstance(value, str):  # after "=", no shell does it
         FLAGS[name].value = os.path.expanduser(value)
     return main(argv)
@@ -640,18 +610,17 @@ def run(argv):
     together = jax.distributed.is_initialized()
     text = " ".join(re.sub("{{.*?}} ?", "", str(error)).split())
     if isinstance(error, (OSError, tf.errors.OpError)):  # of files and disks
-      text += ". Mend this and start again; checkpoints in --workdir are whole"
+      text += ". Mend this and start again"
     elif "RESOURCE_EXHAUSTED" in text:
       text = f"{text:.200}; give a larger --grad_accum or a smaller --batch_size"
     elif isinstance(error, jax.errors.JaxRuntimeError) and together:
       text += ". If another process was lost, start all again"
-    elif not isinstance(error, (UserError, model.WeightsError, input_pipeline.DatasetError)):
-      if not together:
-        raise
+    elif not isinstance(error, (UserError, model.WeightsError, inputs.DatasetError)):
       traceback.print_exc()
   if not together:
     sys.exit(f"Error: {text}")
   print(f"Error: {text}", file=sys.stderr, flush=True)
+  time.sleep(1)  # as process 0 serves the others, who have their say, too
   os._exit(1)  # a regular exit waits for the others, who may wait for this one
 
 
